@@ -1,0 +1,211 @@
+"""Flat facts about rows: one row per example, one scalar per column, so that built-in expectations judge nested text.
+
+Facts carry no text, so a report of them leaks none. `fact_columns(kind)` lists them; the ones that need explaining:
+
+- `<field>_roles`: one letter per message (s u a t; `-` for a plain string): a turn order is one regular expression.
+- `n_json_quoted`: texts that are whole JSON strings, quotes included: what a coercing reader leaves behind.
+- `n_control_markers`: messages that hold a chat template's own tokens, which a tokenizer would take for real ones.
+- `is_duplicate`, `is_duplicate_prompt`: exact repeats of an earlier row or prompt (system turn included).
+- `prompt_hash`, `overlaps_eval`: of the prompt without its system turn, case and white space levelled, so that the same
+  question is found whether it stands in a string or in a conversation. A single user turn that is held out counts too.
+- `n_held_out`: how many prompts it was compared with; 0 means that nobody looked.
+"""
+
+import hashlib
+from collections.abc import Iterable
+
+import pandas as pd
+import polars as pl
+import pyarrow as pa
+
+from data_contracts.kinds import ROLE_CODES, Kind, kind_of
+from data_contracts.sources import KIND_METADATA
+
+# The control tokens of the templates of Llama 2-4, Qwen, Gemma, Mistral, Phi and SmolLM. The tokenizer's own list is
+# checked by the job, which has the tokenizer; this one catches the usual ones before a GPU is asked for.
+_CONTROL_MARKERS = (
+    r"<\|(im_start|im_end|im_sep|endoftext|begin_of_text|end_of_text|start_header_id|end_header_id|eot_id|eom_id"
+    r"|header_start|header_end|eot|user|assistant|system|end)\|>|<(start|end)_of_turn>|\[/?INST\]|</s>"
+)
+_JSON_STRING = r'\A\s*"(\\.|[^"\\\n])*"\s*\z'
+_PLACEHOLDER = r"\{\{\s*\w+\s*\}\}|(?i)(\A|\n)[\s<`]*no ?input[\s>`.]*\z"  # unfilled {{name}}; Alpaca's "No input"
+
+_COMMON = (
+    *("row", "n_messages", "n_empty_messages", "n_json_quoted", "n_control_markers", "has_placeholder"),
+    *("is_duplicate", "is_duplicate_prompt", "prompt_hash", "overlaps_eval", "n_held_out"),
+)
+_OF_KIND = {
+    "prompt_completion": ("is_echo",),
+    "preference": ("is_tie", "chosen_is_prefix", "rejected_is_prefix", "is_chosen_longer", "len_ratio"),
+    "eval": ("has_rival_answer",),
+}
+
+
+def facts(table: pa.Table, kind: str, held_out: Iterable[str] | None = None) -> pd.DataFrame:
+    """Return the facts about each row of a table that `rows.read_rows` made.
+
+    `held_out` are the `prompt_hashes` of rows that must not be trained on.
+    """
+    asked = kind_of(kind)
+    _check_kind(table, asked)
+    held = frozenset(held_out or ())
+    rows = _as_messages(table, asked)
+    return (
+        rows.select(
+            "row",
+            *_counts(asked),
+            *_repeats(asked, table.schema.names),
+            *_about_fields(asked),
+            *_about_kind(asked),
+            pl.Series("prompt_hash", _hashes(rows)),
+            pl.Series("overlaps_eval", _overlaps(rows, held), dtype=pl.Boolean),
+            n_held_out=pl.lit(len(held)),
+        )
+        .select(fact_columns(kind))
+        .to_pandas()
+    )
+
+
+def fact_columns(kind: str) -> list[str]:
+    """Return the names of the facts, in their order."""
+    asked = kind_of(kind)
+    per_field = [f"{name}_{fact}" for name in _text_fields(asked) for fact in ("roles", "chars")]
+    return [*_COMMON, *per_field, *_OF_KIND.get(kind, ())]
+
+
+def prompt_hashes(table: pa.Table, kind: str) -> set[str]:
+    """Return the hashes of a table's prompts, to be held out of others."""
+    return set(_hashes(_as_messages(table, kind_of(kind))))
+
+
+def _check_kind(table: pa.Table, kind: Kind) -> None:
+    made = (table.schema.metadata or {}).get(KIND_METADATA, b"").decode()
+    if made != kind.name:
+        raise ValueError(f"the table holds {made or 'unchecked'} rows, not {kind.name}. Read it with rows.read_rows")
+
+
+def _text_fields(kind: Kind) -> tuple[str, ...]:
+    """Return the names that facts use: the conversational ones, for both forms."""
+    return kind.conversational + kind.strings
+
+
+def _as_messages(table: pa.Table, kind: Kind) -> pl.DataFrame:
+    """Make each text field a list of messages, a plain string being one of no role, and add the prompt."""
+    frame = pl.from_arrow(table)
+    is_standard = frame.schema[table.schema.names[0]] == pl.String
+    given = (kind.standard if is_standard else kind.conversational) + kind.strings
+    columns = [_one_message(name) if frame.schema[name] == pl.String else pl.col(name) for name in given]
+    frame = frame.with_columns(column.alias(name) for column, name in zip(columns, _text_fields(kind), strict=True))
+    return frame.with_columns(_asked(kind).alias("__asked"))
+
+
+def _one_message(name: str) -> pl.Expr:
+    return pl.concat_list(pl.struct(role=pl.lit("text"), content=pl.col(name)))
+
+
+def _asked(kind: Kind) -> pl.Expr:
+    """Return what is asked before the first reply: the prompt, or the opening turns of a whole conversation."""
+    if kind.name != "language_modeling":
+        return pl.col("prompt")
+    first_reply = _roles("messages").str.find("a", literal=True)
+    return pl.col("messages").list.head(pl.when(first_reply > 0).then(first_reply).otherwise(pl.col("messages").list.len()))
+
+
+_ROLE = pl.element().struct.field("role")
+_CONTENT = pl.element().struct.field("content")
+
+
+def _roles(name: str) -> pl.Expr:
+    letters = _ROLE.replace_strict(ROLE_CODES | {"text": "-"}, default="?", return_dtype=pl.String)
+    return pl.col(name).list.eval(letters).list.join("")
+
+
+def _text(name: str) -> pl.Expr:
+    return pl.col(name).list.eval(_CONTENT).list.join("\n").str.strip_chars()
+
+
+def _chars(name: str) -> pl.Expr:
+    return pl.col(name).list.eval(_CONTENT.str.len_chars()).list.sum().cast(pl.Int64)
+
+
+def _exact(name: str) -> pl.Expr:
+    """Return a string that two fields share exactly if they hold the same messages: role, length and text of each."""
+    message = pl.concat_str(_ROLE, pl.lit(" "), _CONTENT.str.len_bytes().cast(pl.String), pl.lit(" "), _CONTENT)
+    return pl.col(name).list.eval(message).list.join("")
+
+
+def _counts(kind: Kind) -> list[pl.Expr]:
+    """Return how many messages a row has in all its fields, and how many of them are as named."""
+    fields = _text_fields(kind)
+
+    def count(condition: pl.Expr, among: tuple[str, ...] = fields) -> pl.Expr:
+        return pl.sum_horizontal(pl.col(name).list.eval(condition.cast(pl.Int64)).list.sum() for name in among)
+
+    in_a_turn = _ROLE != "text"  # a plain string may well be rendered text, whose control tokens are meant
+    return [
+        count(_CONTENT.is_not_null()).alias("n_messages"),
+        count(_CONTENT.str.strip_chars() == "").alias("n_empty_messages"),
+        count(_CONTENT.str.contains(_JSON_STRING)).alias("n_json_quoted"),
+        count(_CONTENT.str.contains(_CONTROL_MARKERS) & in_a_turn).alias("n_control_markers"),
+        (count(_CONTENT.str.contains(_PLACEHOLDER)) > 0).alias("has_placeholder"),
+    ]
+
+
+def _repeats(kind: Kind, columns: list[str]) -> list[pl.Expr]:
+    fields = _text_fields(kind)
+    extras = [name for name in columns if name not in (*kind.standard, *fields, "row")]
+    whole = [_exact(name) for name in fields] + [pl.col(name).cast(pl.String) for name in extras]
+    return [
+        pl.struct(part.alias(f"part_{n}") for n, part in enumerate(whole)).is_first_distinct().not_().alias("is_duplicate"),
+        _exact("__asked").is_first_distinct().not_().alias("is_duplicate_prompt"),
+    ]
+
+
+def _about_fields(kind: Kind) -> list[pl.Expr]:
+    fields = _text_fields(kind)
+    return [_roles(name).alias(f"{name}_roles") for name in fields] + [_chars(name).alias(f"{name}_chars") for name in fields]
+
+
+def _about_kind(kind: Kind) -> list[pl.Expr]:
+    if kind.name == "preference":
+        return _about_pairs()
+    if kind.name == "prompt_completion":
+        return [(_text("prompt") == _text("completion")).alias("is_echo")]
+    if kind.name == "eval":  # the same question elsewhere in the set with another answer
+        return [(_text("answer").n_unique().over(_exact("__asked")) > 1).alias("has_rival_answer")]
+    return []
+
+
+def _about_pairs() -> list[pl.Expr]:
+    """Return how chosen and rejected compare, white space around them apart."""
+    chosen, rejected = _text("chosen"), _text("rejected")
+    differ = chosen != rejected
+    return [
+        (~differ & (_roles("chosen") == _roles("rejected"))).alias("is_tie"),
+        (differ & rejected.str.starts_with(chosen)).alias("chosen_is_prefix"),
+        (differ & chosen.str.starts_with(rejected)).alias("rejected_is_prefix"),
+        (_chars("chosen") > _chars("rejected")).alias("is_chosen_longer"),
+        ((_chars("chosen") + 1) / (_chars("rejected") + 1)).alias("len_ratio"),
+    ]
+
+
+def _hashes(rows: pl.DataFrame) -> list[str]:
+    spoken = pl.col("__asked").list.filter(_ROLE != "system")
+    return [_hash(text) for text in rows.select(spoken.list.eval(_CONTENT).list.join("\n")).to_series()]
+
+
+def _overlaps(rows: pl.DataFrame, held_out: frozenset[str]) -> list[bool]:
+    """Tell for each row whether its prompt, or any one user turn anywhere in it, is held out."""
+    if not held_out:
+        return [False] * rows.height
+    turns = pl.col("messages" if "messages" in rows.columns else "prompt").list.filter(_ROLE == "user")
+    asked = rows.select(turns.list.eval(_CONTENT)).to_series().to_list()
+    return [
+        whole in held_out or any(_hash(turn) in held_out for turn in each)
+        for whole, each in zip(_hashes(rows), asked, strict=True)
+    ]
+
+
+def _hash(text: str) -> str:
+    levelled = " ".join(text.casefold().split())
+    return hashlib.blake2b(levelled.encode(), digest_size=8).hexdigest()

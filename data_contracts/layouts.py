@@ -1,0 +1,144 @@
+"""Explicit conversions into TRL's rows from the two layouts that most published sets have: ShareGPT and Alpaca.
+
+A conversion renames; it never guesses. What a layout cannot say exactly in TRL's words is refused, not dropped.
+"""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from data_contracts.kinds import Kind
+
+LAYOUTS = ("trl", "sharegpt", "alpaca")
+
+
+class Turn(BaseModel):
+    """A ShareGPT turn."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    from_: Literal["system", "human", "gpt", "observation"] = Field(alias="from")
+    value: str
+
+    def message(self) -> dict[str, str]:
+        return {"role": _SHAREGPT_ROLES[self.from_], "content": self.value}
+
+
+_SHAREGPT_ROLES = {"system": "system", "human": "user", "gpt": "assistant", "observation": "tool"}
+
+
+class ShareGPT(BaseModel):
+    """`conversations`, with `system` beside it in some sets."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    conversations: list[Turn] = Field(min_length=1)
+    system: str = ""
+
+    def messages(self) -> list[dict[str, str]]:
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        return system + [turn.message() for turn in self.conversations]
+
+
+class ShareGPTPreference(ShareGPT):
+    chosen: Turn
+    rejected: Turn
+
+
+class Alpaca(BaseModel):
+    """One instruction, what it is applied to (may be empty), and the reply."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    instruction: str
+    input: str = ""
+    output: str
+    system: str = ""
+
+    def prompt(self) -> list[dict[str, str]]:
+        """Return the system and the user turn; instruction and input stand apart by one empty line."""
+        asked = f"{self.instruction}\n\n{self.input}" if self.input else self.instruction
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        return [*system, {"role": "user", "content": asked}]
+
+
+def _sharegpt_conversation(row: object) -> dict[str, object]:
+    return {"messages": ShareGPT.model_validate(row).messages()}
+
+
+def _sharegpt_completion(row: object) -> dict[str, object]:
+    messages = ShareGPT.model_validate(row).messages()
+    if len(messages) < 2 or messages[-1]["role"] != "assistant":
+        raise ValueError("the last turn must be from gpt, with a turn before it: it becomes the completion")
+    return {"prompt": messages[:-1], "completion": messages[-1:]}
+
+
+def _sharegpt_preference(row: object) -> dict[str, object]:
+    pair = ShareGPTPreference.model_validate(row)
+    return {"prompt": pair.messages(), "chosen": [pair.chosen.message()], "rejected": [pair.rejected.message()]}
+
+
+def _alpaca_conversation(row: object) -> dict[str, object]:
+    turn = Alpaca.model_validate(row)
+    return {"messages": [*turn.prompt(), {"role": "assistant", "content": turn.output}]}
+
+
+def _alpaca_completion(row: object) -> dict[str, object]:
+    turn = Alpaca.model_validate(row)
+    return {"prompt": turn.prompt(), "completion": [{"role": "assistant", "content": turn.output}]}
+
+
+def _alpaca_eval(row: object) -> dict[str, object]:
+    turn = Alpaca.model_validate(row)
+    return {"prompt": turn.prompt(), "answer": turn.output}
+
+
+_CONVERSIONS = {
+    ("sharegpt", "language_modeling"): _sharegpt_conversation,
+    ("sharegpt", "prompt_completion"): _sharegpt_completion,
+    ("sharegpt", "preference"): _sharegpt_preference,
+    ("alpaca", "language_modeling"): _alpaca_conversation,
+    ("alpaca", "prompt_completion"): _alpaca_completion,
+    ("alpaca", "eval"): _alpaca_eval,
+}
+
+
+def check_layout(layout: str, kind: Kind) -> None:
+    """Raise ValueError if rows of that layout cannot become rows of that kind."""
+    if layout not in LAYOUTS:
+        raise ValueError(f"no layout is called {layout!r}; there are {', '.join(LAYOUTS)}")
+    if layout != "trl" and (layout, kind.name) not in _CONVERSIONS:
+        fits = ", ".join(name for given, name in _CONVERSIONS if given == layout)
+        raise ValueError(f"layout {layout!r} holds no {kind.name} rows; it can be read as {fits}")
+
+
+def to_trl(row: object, layout: str, kind: Kind) -> object:
+    """Return the row in TRL's words. Raises ValueError (pydantic's is one) with what the layout lacks."""
+    if layout != "trl":
+        return _CONVERSIONS[layout, kind.name](row)
+    return explicit_prompt(row) if kind.name == "preference" else row
+
+
+def explicit_prompt(row: object) -> object:
+    """Give a preference row without `prompt` the turns that chosen and rejected share as its prompt.
+
+    TRL does the same at training time; here it is done once and judged. The last turn of either side is never part of
+    the prompt, so that a tie keeps its reply, and is seen as a tie.
+    """
+    if not isinstance(row, dict) or set(row) != {"chosen", "rejected"}:
+        return row
+    chosen, rejected = row["chosen"], row["rejected"]
+    if isinstance(chosen, str) and isinstance(rejected, str):
+        raise ValueError("prompt is missing, and in plain strings nothing marks where it ends. Add a prompt column")
+    if not isinstance(chosen, list) or not isinstance(rejected, list):
+        return row
+    shared = 0
+    while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
+        shared += 1
+    if not shared:
+        raise ValueError("prompt is missing, and chosen and rejected do not begin with the same message")
+    return {"prompt": chosen[:shared], "chosen": chosen[shared:], "rejected": rejected[shared:]}
+
+
+def layout_of(columns: set[str]) -> str | None:
+    """Return the layout whose columns these are, to name it to a person who did not."""
+    if "conversations" in columns:
+        return "sharegpt"
+    return "alpaca" if {"instruction", "output"} <= columns else None

@@ -1,0 +1,180 @@
+"""Raw rows out of .jsonl, .json and .parquet, untouched, each numbered from 0, or the reason why not."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+KIND_METADATA = b"posttrain.kind"  # marks the Parquet that `rows.read_rows` made: its `row` column is ours
+SUFFIXES = (".jsonl", ".json", ".parquet")
+
+
+@dataclass(frozen=True)
+class RawRow:
+    """One row as the source has it: `value`, or the `problem` that kept it from being read."""
+
+    number: int
+    value: object = None
+    problem: str | None = None
+    where: str = ""  # the file inside a folder
+
+
+class Unreadable(ValueError):
+    """A file as a whole cannot be read; `line` is the 1-based line to look at."""
+
+    def __init__(self, reason: str, line: int = 1):
+        super().__init__(reason, line)
+        self.reason, self.line = reason, line
+
+
+def raw_rows(source: Path, start: int, stop: int | None) -> Iterator[RawRow]:
+    """Yield rows `start` up to `stop` of a file, or of a folder's files in the order of their names."""
+    files = _files_of(source)
+    first = 0
+    for file in files:
+        for number, value, problem in _READERS[file.suffix](file):
+            row = first + number
+            if stop is not None and row >= stop:
+                return
+            if row >= start:
+                yield RawRow(row, value, problem, f"{file.name} line {number + 1}: " if source.is_dir() else "")
+        first += number + 1
+
+
+def _files_of(source: Path) -> list[Path]:
+    if not source.exists():
+        raise Unreadable("there is no such file or folder. Check the path")
+    if source.is_dir():
+        return _files_in(source)
+    if source.suffix not in SUFFIXES:
+        raise Unreadable(f"a {source.suffix or 'suffixless'} file is not read here. Give one of {', '.join(SUFFIXES)}")
+    return [source]
+
+
+def _files_in(folder: Path) -> list[Path]:
+    files = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES and path.name[0] not in "._")
+    suffixes = sorted({path.suffix for path in files})
+    if not files:
+        raise Unreadable(f"the folder holds no {', '.join(SUFFIXES)} file")
+    if len(suffixes) > 1:
+        raise Unreadable(f"the folder mixes {' and '.join(suffixes)} files. Keep rows of one dataset in one format")
+    return files
+
+
+def _json_lines(file: Path) -> Iterator[tuple[int, object, str | None]]:
+    number, blank = -1, None
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines):
+            if not line.strip():
+                blank = number if blank is None else blank
+                continue
+            if blank is not None:  # harmless at the very end; between rows, line and row number would part
+                yield from ((n, None, "blank line between rows; remove it") for n in range(blank, number))
+                blank = None
+            yield (number, *_parse(line))
+    _refuse_empty(number + 1 if blank is None else blank, file)
+
+
+def _parse(line: bytes) -> tuple[object, str | None]:
+    """Return one line's value, or why it is none."""
+    try:
+        return _loads(line.decode("utf-8")), None
+    except UnicodeDecodeError as error:
+        return None, f"not UTF-8: byte {line[error.start]:#04x} at column {error.start + 1}. {_RECODE}"
+    except json.JSONDecodeError as error:
+        return None, f"invalid JSON at column {error.colno}: {error.msg}{_json_hint(line)}"
+    except (ValueError, RecursionError) as error:
+        return None, f"invalid JSON: {str(error)[:200]}"
+
+
+_RECODE = "Save the file as UTF-8 (`iconv -t utf-8`)"
+
+
+def _json_hint(line: bytes) -> str:
+    if line.startswith(b"\xef\xbb\xbf"):
+        return ". The file starts with a byte order mark; save it as UTF-8 without one"
+    if line.strip() in (b"[", b"{"):
+        return ". A .jsonl file holds one whole row per line; a JSON array belongs in a .json file"
+    return ""
+
+
+def _json_array(file: Path) -> Iterator[tuple[int, object, str | None]]:
+    rows = _load_array(file)
+    if not isinstance(rows, list):
+        raise Unreadable(f"{file.name} must hold an array of rows, and holds {_json_name(rows)}")
+    _refuse_empty(len(rows), file)
+    yield from ((number, row, None) for number, row in enumerate(rows))
+
+
+def _load_array(file: Path) -> object:
+    data = file.read_bytes()
+    _refuse_empty(len(data.strip()), file)
+    try:
+        return _loads(data.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise Unreadable(f"{file.name} is not UTF-8. {_RECODE}", data.count(b"\n", 0, error.start) + 1) from error
+    except json.JSONDecodeError as error:
+        hint = ". These look like JSON Lines; name the file .jsonl" if error.msg == "Extra data" else ""
+        reason = f"{file.name}: invalid JSON at column {error.colno}: {error.msg}{hint}"
+        raise Unreadable(reason, error.lineno) from error
+    except (ValueError, RecursionError) as error:
+        raise Unreadable(f"{file.name}: invalid JSON: {str(error)[:200]}") from error
+
+
+def _loads(text: str) -> object:
+    value = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_constant)
+    if "\\ud" in text or "\\uD" in text:  # the one way in for half a surrogate pair, which Arrow cannot hold
+        _refuse_surrogates(value)
+    return value
+
+
+def _refuse_surrogates(value: object) -> None:
+    try:
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = error.object[error.start].encode("ascii", "backslashreplace").decode()
+        raise ValueError(f"{half} is half of a surrogate pair, which is no text") from None
+
+
+def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """Refuse a key that stands twice: every JSON reader would keep one of the two texts and say nothing."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r} stands twice in one object")
+    return values
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON value")
+
+
+def _json_name(value: object) -> str:
+    return {dict: "an object", str: "a string", type(None): "null"}.get(type(value), f"a {type(value).__name__}")
+
+
+def _parquet(file: Path) -> Iterator[tuple[int, object, str | None]]:
+    try:
+        table = pq.ParquetFile(file)
+        _refuse_empty(table.metadata.num_rows, file)
+        ours = KIND_METADATA in (table.schema_arrow.metadata or {})
+        columns = [name for name in table.schema_arrow.names if not (ours and name == "row")]
+        number = 0
+        for batch in table.iter_batches(batch_size=2000, columns=columns):
+            for value in batch.to_pylist():
+                yield number, value, None
+                number += 1
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise Unreadable(f"{file.name} is no readable Parquet file: {str(error).splitlines()[0][:200]}") from error
+
+
+def _refuse_empty(size: int, file: Path) -> None:
+    if not size:
+        raise Unreadable(f"{file.name} is empty: nothing would be trained, and an empty set passes every other rule")
+
+
+_READERS = {".jsonl": _json_lines, ".json": _json_array, ".parquet": _parquet}

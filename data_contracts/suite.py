@@ -1,0 +1,138 @@
+"""Run expectations through Great Expectations so that what it lets slip fails here.
+
+GX 1.24 by itself drops an expectation with an unknown type or severity (its PR #10248), succeeds on an empty suite and
+on an empty table, leaves nulls out before it tests, and reports a rule that could not run like one that failed. Each
+expectation is therefore built alone and counted, and each result is looked at. `contract.py` sees to the rest: rules
+against nulls and empty tables in every contract, and no `$` in a regular expression.
+"""
+
+import difflib
+import json
+import logging
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pandas as pd
+
+from data_contracts.verdict import RuleResult
+
+_ROWS_SHOWN = 5
+_RESULT_FORMAT = {
+    "result_format": "SUMMARY",  # BOOLEAN_ONLY could not be told from an error
+    "unexpected_index_column_names": ["row"],
+    "partial_unexpected_count": _ROWS_SHOWN,
+}
+_GX_CONTEXT = threading.Lock()  # GX keeps one context per process; two threads would run in each other's
+
+
+class ContractInvalid(ValueError):
+    """A contract or a limit set on it is not usable; the data have not been judged."""
+
+
+def run(expectations: list[dict], facts: pd.DataFrame, name: str) -> tuple[list[RuleResult], dict]:
+    """Return one result per expectation, in their order, and GX's own result ready for JSON."""
+    if not expectations:
+        raise ContractInvalid(f"contract {name} has no expectations, and an empty suite passes everything")
+    with _GX_CONTEXT, _quiet():
+        raw = _validate(expectations, facts, name)
+    by_rule = {result.expectation_config.meta["rule"]: result for result in raw.results}
+    asked = [expectation["meta"]["rule"] for expectation in expectations]
+    if len(raw.results) != len(asked) or set(by_rule) != set(asked):
+        lost = sorted(set(asked) - set(by_rule))
+        raise ContractInvalid(f"contract {name}: {len(asked)} rules went in and {len(raw.results)} came back; lost {lost}")
+    results = [_result(expectation, by_rule[expectation["meta"]["rule"]], len(facts)) for expectation in expectations]
+    return results, _plain_json(raw.to_json_dict())
+
+
+def _validate(expectations: list[dict], facts: pd.DataFrame, name: str):
+    """Return GX's result of all expectations on the facts, in a context that leaves nothing on disk."""
+    import great_expectations as gx  # here and not above: 5 s and 260 MB that only a judgement pays
+
+    context = gx.get_context(mode="ephemeral")
+    context.variables.progress_bars = {"globally": False}
+    for expectation in expectations:
+        _refuse_dropped(gx, expectation, name)
+    suite = context.suites.add(gx.ExpectationSuite(name=name, expectations=expectations))
+    asset = context.data_sources.add_pandas("facts").add_dataframe_asset("facts")
+    batch = asset.add_batch_definition_whole_dataframe("facts")
+    validation = context.validation_definitions.add(gx.ValidationDefinition(name=name, data=batch, suite=suite))
+    return validation.run(batch_parameters={"dataframe": facts}, result_format=_RESULT_FORMAT)
+
+
+def _refuse_dropped(gx, expectation: dict, name: str) -> None:
+    """Build one expectation alone, because in company a bad one is dropped with no more than a logged line."""
+    rule, kind = expectation["meta"]["rule"], expectation["type"]
+    try:
+        kept = len(gx.ExpectationSuite(name=f"{rule} alone", expectations=[expectation]).expectations)
+    except Exception as error:  # GX raises pydantic's, its own and bare ones here, and each means the same
+        raise ContractInvalid(f"contract {name}, rule {rule}: {kind} {expectation['kwargs']}: {error}") from error
+    if kept != 1:
+        raise ContractInvalid(f"contract {name}, rule {rule}: Great Expectations drops {kind!r}{_nearest(kind)}")
+
+
+def _nearest(kind: str) -> str:
+    from great_expectations.expectations.registry import list_registered_expectation_implementations
+
+    known = list_registered_expectation_implementations()
+    if kind in known:
+        return ", though it knows the type: look at its severity and its keys"
+    near = difflib.get_close_matches(kind, known, n=3)
+    return f". Did you mean {' or '.join(near)}?" if near else ", which it does not know"
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep GX's log lines out of the run's log: what they say is raised here."""
+    logger = logging.getLogger("great_expectations")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _result(expectation: dict, raw, n_rows: int) -> RuleResult:
+    found = raw.result or {}
+    error = _error(raw, found, n_rows)
+    severity = expectation["severity"]
+    failed = "FAIL" if severity == "critical" else "WARN"
+    examples = found.get("partial_unexpected_index_list") or []
+    column = expectation["kwargs"].get("column")
+    return RuleResult(
+        rule=expectation["meta"]["rule"],
+        severity=severity,
+        status="ERROR" if error else "PASS" if raw.success else failed,
+        harm=expectation["notes"],
+        column=column,
+        unexpected_count=found.get("unexpected_count"),
+        total=found.get("element_count"),
+        rows=tuple(int(example["row"]) + 1 for example in examples[:_ROWS_SHOWN] if pd.notna(example["row"])),
+        example=_example(column, examples[0][column]) if examples else None,
+        observed=error or _scalar(found.get("observed_value")),
+    )
+
+
+def _example(column: str, value: object) -> str:
+    value = _scalar(value)
+    return f"{column}={value!r}" if len(repr(value)) <= 60 else f"{column}={repr(value)[:59]}…"
+
+
+def _error(raw, found: dict, n_rows: int) -> str | None:
+    """Return why a rule could not be judged, or None."""
+    if not found:
+        said = (info["exception_message"] for info in raw.exception_info.values() if isinstance(info, dict))
+        return f"could not be judged: {next(said, None) or 'no result'}"[:300]
+    if found.get("element_count", n_rows) != n_rows:
+        return f"looked at {found['element_count']} of {n_rows} rows"
+    return None
+
+
+def _scalar(value: object) -> object:
+    return value.item() if hasattr(value, "item") else value
+
+
+def _plain_json(result: dict) -> dict:
+    """Return GX's result with NaN and infinity, which are no JSON, as null."""
+    return json.loads(json.dumps(result, default=str), parse_constant=lambda _: None)

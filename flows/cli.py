@@ -1,0 +1,121 @@
+"""The `posttrain` command: run, plan, validate, ui, doctor."""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tasks.errors import PipelineError, RunCancelled
+
+app = typer.Typer(no_args_is_help=True, add_completion=True, help=__doc__, pretty_exceptions_enable=False)
+ProfileName = Annotated[str, typer.Argument(help="a shipped profile's name, or the path of a YAML file")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="override one setting; repeatable")]
+
+
+@app.command()
+def run(
+    profile: ProfileName,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print summary.json last on standard output")] = False,
+) -> None:
+    """Take a profile to an export that vLLM serves; stages whose work is in the store are not run again."""
+    from flows import terminal
+    from tasks.check_profile import load_profile
+
+    load_profile(profile, overrides)  # a wrong setting must not cost the start of a server
+    with terminal.attached():
+        try:
+            summary = _run_here(profile, overrides)
+        except PipelineError as error:
+            summary = _summary_of(error)
+            terminal.show_summary(summary) if summary else None
+            _finish(as_json, summary)
+            raise
+    terminal.show_summary(summary)
+    _finish(as_json, summary)
+
+
+@app.command()
+def plan(profile: ProfileName, overrides: Overrides = None) -> None:
+    """Say for each stage whether it would run or is in the store, and which fields differ from the last time."""
+    from flows import plan as planning
+    from flows import terminal
+    from tasks.check_profile import check_profile, load_profile
+
+    loaded = load_profile(profile, overrides)
+    check_profile(loaded)
+    terminal.show_plan(planning.plan(loaded))
+
+
+@app.command()
+def validate(
+    profile: Annotated[str | None, typer.Argument(help="a profile, whose datasets are all held to their contracts")] = None,
+    overrides: Overrides = None,
+    kind: Annotated[str | None, typer.Option(help="kind of rows, with --data")] = None,
+    data: Annotated[Path | None, typer.Option(help="one file or folder, instead of a profile")] = None,
+    layout: Annotated[str, typer.Option(help="trl, sharegpt or alpaca, with --data")] = "trl",
+) -> None:
+    """Hold datasets to their contracts; nothing is trained, nothing is written."""
+    from flows import terminal, validation
+
+    if (profile is None) == (data is None) or (kind is None) != (data is None):
+        raise typer.BadParameter("give a profile, or --kind together with --data")
+    verdicts = validation.of_profile(profile, overrides) if profile else validation.of_file(data, kind, layout)
+    terminal.show_verdicts(verdicts)
+
+
+@app.command()
+def ui(
+    prefect_port: Annotated[int, typer.Option(help="port of Prefect's page")] = 4200,
+    mlflow_port: Annotated[int, typer.Option(help="port of MLflow's page")] = 5000,
+) -> None:
+    """Serve Prefect's and MLflow's pages on this store, on 127.0.0.1, until Ctrl-C."""
+    from flows.web_pages import serve
+
+    serve(prefect_port, mlflow_port)
+
+
+@app.command()
+def doctor() -> None:
+    """Check this machine: versions against the pinned set, hardware, disk, servers. Each line is ok or says what to do."""
+    from flows import doctor as checks
+    from flows import terminal
+
+    sys.exit(terminal.show_checks(checks.checks()))
+
+
+def _run_here(profile: str, overrides: list[str] | None) -> dict[str, Any]:
+    """Run the flow in this process; on SIGTERM it ends like on Ctrl-C, so that nothing of it stays behind."""
+    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")  # the terminal has its own lines
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    from flows.post_training import post_training
+
+    state = post_training(profile, overrides, return_state=True)
+    if state.is_cancelled():
+        raise RunCancelled(state.message)
+    return state.result()
+
+
+def _summary_of(error: PipelineError) -> dict[str, Any] | None:
+    path = getattr(error, "summary_file", None)
+    return json.loads(path.read_text()) if path else None
+
+
+def _finish(as_json: bool, summary: dict[str, Any] | None) -> None:
+    if as_json and summary:
+        print(json.dumps(summary, indent=1))
+
+
+def main() -> None:
+    """Run the command; a deliberate stop prints its text and exits with its own code, a bug keeps its traceback."""
+    try:
+        app()
+    except PipelineError as error:
+        from flows import terminal
+
+        terminal.show_error(error)
+        sys.exit(error.exit_code)

@@ -1,0 +1,109 @@
+"""`posttrain doctor`: what this machine has against what a run needs; each line is ok, or says what to do."""
+
+import os
+import shutil
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import distributions
+from pathlib import Path
+
+from profiles.schema import StagePlacement
+from tasks.environment import home
+from tasks.errors import MachineUnfit
+from tasks.fingerprints import PROJECT
+from tasks.launch import job_python
+
+FREE_GB = 5
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the doctor's: `remedy` says what to do where it is not ok."""
+
+    ok: bool
+    what: str
+    remedy: str = ""
+
+
+def checks() -> list[Check]:
+    """Return every check of this machine."""
+    return [*environments(), *hardware(), *disk(), *servers()]
+
+
+def environments() -> Iterator[Check]:
+    """Hold the versions of both environments against the pinned sets."""
+    yield versions("orchestrator", Path(sys.executable), "orchestrator.txt")
+    try:
+        python = job_python(StagePlacement())
+    except MachineUnfit as error:
+        yield Check(False, "job environment", str(error))
+        return
+    yield versions("job environment", python, "job-gpu.txt" if has_gpu() else "job-cpu.txt")
+
+
+def versions(name: str, python: Path, lock: str) -> Check:
+    """Compare an environment's installed versions with a lock file of requirements/."""
+    folders = [str(path) for path in (python.parent.parent / "lib").glob("python3*/site-packages")]
+    installed = {normal(d.metadata["Name"]): d.version.split("+")[0] for d in distributions(path=folders)}
+    pins = dict(line.split(" ")[0].split("==") for line in lock_lines(lock))
+    wrong = [f"{n} {installed.get(normal(n), 'absent')} (pinned {v})" for n, v in pins.items() if installed.get(normal(n)) != v]
+    if not wrong:
+        return Check(True, f"{name}: {len(pins)} packages as pinned ({python})")
+    more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+    return Check(False, f"{name}: {', '.join(wrong[:5])}{more}", "make clean install")
+
+
+def lock_lines(lock: str) -> list[str]:
+    path = PROJECT / "requirements" / lock
+    return [line for line in path.read_text().splitlines() if "==" in line and not line.startswith("#")] if path.is_file() else []
+
+
+def normal(name: str) -> str:
+    return name.lower().replace("_", "-").replace(".", "-")
+
+
+def has_gpu() -> bool:
+    return shutil.which("nvidia-smi") is not None
+
+
+def hardware() -> Iterator[Check]:
+    memory_gb = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    enough = memory_gb >= 7
+    yield Check(enough, f"{os.cpu_count()} CPU cores, {memory_gb:.0f} GiB memory", "the quickstart wants 8 GiB")
+    if not has_gpu():
+        yield Check(True, "no GPU: profiles with accelerate: cpu run here")
+        return
+    found = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
+    yield Check(found.returncode == 0, found.stdout.strip() or "nvidia-smi fails", "the GPU driver does not answer")
+
+
+def disk() -> Iterator[Check]:
+    folder = home()
+    while not folder.exists():
+        folder = folder.parent
+    free_gb = shutil.disk_usage(folder).free / 2**30
+    remedy = f"free {FREE_GB} GiB there, or set POSTTRAIN_HOME to another disk"
+    yield Check(free_gb >= FREE_GB, f"{free_gb:.0f} GiB free for {home()}", remedy)
+    yield Check(os.access(folder, os.W_OK), f"{folder} can be written", "set POSTTRAIN_HOME to a folder of yours")
+
+
+def servers() -> Iterator[Check]:
+    """Ask the servers that the environment names; without one, runs use the embedded ones."""
+    for name, variable, path in (("Prefect", "PREFECT_API_URL", "/health"), ("MLflow", "MLFLOW_TRACKING_URI", "/health")):
+        address = os.environ.get(variable, "")
+        if not address.startswith("http"):
+            yield Check(True, f"{name}: {variable} is not set, runs use {name}'s embedded mode")
+            continue
+        remedy = f"start it, or unset {variable} to use the embedded mode"
+        yield Check(answers(address.rstrip("/") + path), f"{name} at {address}", remedy)
+
+
+def answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5):
+            return True
+    except OSError:
+        return False

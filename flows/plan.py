@@ -1,0 +1,105 @@
+"""`posttrain plan`: for each stage a hit or a run, and which fields of its identity differ from the last time."""
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from flows.post_training import wanted_datasets
+from profiles.schema import Grpo, Profile
+from tasks.artifacts import Artifact
+from tasks.build import Stage
+from tasks.environment import home
+from tasks.evaluate_policy import evaluate_stage
+from tasks.export_vllm import export_stage
+from tasks.fingerprints import fingerprint
+from tasks.merge_lora import merge_stage
+from tasks.pipeline_run import store
+from tasks.prepare_data import find_base_model, prepare_stage
+from tasks.train_policy import policy_stage
+from tasks.train_reward_model import reward_model_stage
+from tasks.train_sft import sft_stage
+from tasks.validate_data import identify, locate_dataset
+
+
+def plan(profile: Profile) -> list[dict[str, Any]]:
+    """Return a row per stage, `{"stage", "status": "cached" | "run", "why": [...]}`, in the order of a run."""
+    recipe, look = profile.recipe, _Lookup(profile)
+    made = base = None
+    if recipe.prepare:
+        made = look.stage("prepare", prepare_stage, *([find_base_model(profile, None)] if recipe.prepare.base_model else [None]))
+    if made or not recipe.prepare or not recipe.base_model.prepared:
+        base = find_base_model(profile, made)
+    held_out = look.dataset("eval", made, None)
+    data = {name: look.dataset(name, made, held_out) for name in wanted_datasets(recipe)}
+    sft = look.stage("sft", sft_stage, base, data["sft"]) if recipe.sft else None
+    pairs = data.get("preference")
+    reward_model = look.stage("reward_model", reward_model_stage, base, pairs) if recipe.reward_model else None
+    rows = data["prompts" if isinstance(recipe.policy, Grpo) else "preference"]
+    needed = [a for a, there in ((sft, recipe.sft), (reward_model, recipe.reward_model)) if there]
+    policy = look.stage(recipe.policy.method, policy_stage, base, sft, rows, reward_model, needed=[base, rows, *needed])
+    needed = [base, policy, held_out, *([sft] if recipe.sft else [])]
+    evaluation = look.stage("evaluate", evaluate_stage, base, sft, policy, held_out, needed=needed)
+    merged = look.stage("merge", merge_stage, base, policy)
+    look.stage("export", export_stage, base, policy, merged, held_out, evaluation)
+    return look.rows
+
+
+@dataclass
+class _Lookup:
+    """Walks the stages in order; one whose input is not built yet cannot have been built on it."""
+
+    profile: Profile
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+    def stage(self, name: str, make: Any, *inputs: Artifact | None, needed: list[Artifact | None] | None = None) -> Artifact | None:
+        asked = [a for a in inputs if name != "prepare"] if needed is None else needed
+        if any(a is None for a in asked):
+            return self._add(name, None, ["an input of it would be built first"])
+        built: Stage = make(self.profile, *inputs)
+        placement = self.profile.placement.of("policy" if name in ("grpo", "dpo") else name)
+        return self._find(name, name, built.identity(placement))
+
+    def dataset(self, name: str, made: Artifact | None, held_out: Artifact | None) -> Artifact | None:
+        dataset, stage = getattr(self.profile.recipe.datasets, name), f"validate-{name}"
+        if (dataset.prepared and made is None) or (name != "eval" and held_out is None):
+            return self._add(stage, None, ["an input of it would be built first"])
+        source = locate_dataset(f"recipe.datasets.{name}", dataset, made)
+        return self._find(stage, "dataset", identify(dataset, source, held_out))
+
+    def _find(self, stage: str, folder: str, identity: dict[str, Any]) -> Artifact | None:
+        key = fingerprint(identity)
+        if (hit := store().find(folder, key)) is not None:
+            return self._add(stage, hit, [f"{folder}/{key}"])
+        last = _last_identity(self.profile.name, stage, folder)
+        return self._add(stage, None, ["never built"] if last is None else difference(last, identity))
+
+    def _add(self, stage: str, artifact: Artifact | None, why: list[str]) -> Artifact | None:
+        self.rows.append({"stage": stage, "status": "cached" if artifact else "run", "why": why})
+        return artifact
+
+
+def difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """Return one line `field old → new` per field in which two identities differ."""
+    lines: list[str] = []
+    for key in sorted(old.keys() | new.keys()):
+        before, after = old.get(key, "absent"), new.get(key, "absent")
+        if isinstance(before, dict) and isinstance(after, dict):
+            lines += difference(before, after, f"{prefix}{key}.")
+        elif before != after:
+            lines.append(f"{prefix}{key} {_short(before)} → {_short(after)}")
+    return lines
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text[:12] if len(text) >= 64 else text
+
+
+def _last_identity(profile: str, stage: str, folder: str) -> dict[str, Any] | None:
+    """Return what was fingerprinted when the profile last had this stage in the store."""
+    records = sorted((home() / profile).glob(f"*/stages/*-{stage}.json"), reverse=True)
+    for path in records:
+        record = json.loads(path.read_text())
+        if record["stage"] == stage and (identity := store().identity(folder, record["fingerprint"])):
+            return identity
+    return None

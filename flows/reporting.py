@@ -1,0 +1,110 @@
+"""What a run leaves for people and machines: summary.json, the report, Prefect artifacts, and MLflow's closing status."""
+
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from prefect.artifacts import create_link_artifact, create_markdown_artifact
+from prefect.runtime import flow_run
+
+from flows import report
+from tasks import gates
+from tasks.artifacts import Artifact
+from tasks.errors import GateFailed, RunCancelled
+from tasks.monitoring import mlflow_runs
+from tasks.pipeline_run import PipelineRun, StageRecord, write_json
+
+log = logging.getLogger("posttrain")
+
+
+@contextmanager
+def reported(run: PipelineRun) -> Iterator[dict[str, Any]]:
+    """Yield the summary, filled and published when the block ends, however it ends."""
+    summary: dict[str, Any] = {}
+    mlflow_runs.log_dict(run.mlflow_run_id, run.profile.model_dump(mode="json"), "profile.json")
+    create_link_artifact(link=mlflow_runs.run_url(run.mlflow_run_id), link_text="this run in MLflow", key="mlflow-run")
+    error: BaseException | None = None
+    try:
+        with mlflow_runs.closing(run.mlflow_run_id):
+            yield summary
+    except BaseException as raised:
+        error = raised
+        error.summary_file = run.folder / "summary.json"
+        raise
+    finally:
+        summary.update(summarise(run, error))
+        publish(run, summary)
+
+
+def summarise(run: PipelineRun, error: BaseException | None) -> dict[str, Any]:
+    """Return the run's summary: the same for a person's table, a script's JSON and the report."""
+    records = run.records()
+    by_stage = {record.stage: record for record in records}
+    export = by_stage.get("export")
+    return {
+        "profile": run.profile.name,
+        "run_id": run.run_id,
+        "status": "completed" if error is None else "cancelled" if isinstance(error, RunCancelled) else "failed",
+        "exit_code": 0 if error is None else getattr(error, "exit_code", 1),
+        "error": None if error is None else f"{type(error).__name__}: {error}",
+        "stages": [asdict(record) for record in [*records, *skipped(run, by_stage)]],
+        "metrics": _read(run.folder / "metrics.json", {}),
+        "gate": _read(run.folder / "gate.json", None),
+        "export": export.artifact if export else None,
+        "report": str(run.folder / "report.html"),
+        "mlflow_run_id": run.mlflow_run_id,
+        "prefect_flow_run_id": flow_run.id,
+    }
+
+
+def skipped(run: PipelineRun, by_stage: dict[str, StageRecord]) -> list[StageRecord]:
+    """Return a record for each stage that this run did not come to, or whose recipe does without it."""
+    recipe = run.profile.recipe
+    reasons = {"sft": None if recipe.sft else "not in the recipe"}
+    reasons |= {"reward_model": None if recipe.reward_model else "not in the recipe"}
+    stages = ["sft", "reward_model", recipe.policy.method, "evaluate", "merge", "export"]
+    late = "an earlier stage stopped the run"
+    return [StageRecord(s, "skipped", reason=reasons.get(s) or late) for s in stages if s not in by_stage]
+
+
+def gate_candidate(run: PipelineRun, evaluation: Artifact) -> None:
+    """Judge the policy on the evaluation's scores; raises GateFailed with every reason and its numbers."""
+    metric = run.profile.recipe.evaluate.metric
+    scores = read_scores(evaluation / "samples.jsonl")
+    verdict = gates.judge(scores, run.profile.gates, metric)
+    estimates = {name: asdict(gates.estimate(values)) for name, values in scores.items()}
+    write_json(run.folder / "metrics.json", {metric: estimates})
+    write_json(run.folder / "gate.json", asdict(verdict))
+    flat = {f"{metric}/{name}": e["value"] for name, e in estimates.items()}
+    mlflow_runs.log_scalars(run.mlflow_run_id, flat | {"gate/passed": float(verdict.passed)})
+    mlflow_runs.set_tags(run.mlflow_run_id, {"gate": "passed" if verdict.passed else "failed"})
+    log.info("gate: %s", "passed" if verdict.passed else "failed")
+    if not verdict.passed:
+        raise GateFailed("the candidate is not released: " + "; ".join(verdict.reasons))
+
+
+def read_scores(samples: Path) -> dict[str, list[int]]:
+    """Return each model's 0/1 scores in row order."""
+    scores: dict[str, list[int]] = {}
+    with samples.open(encoding="utf-8") as file:
+        for line in map(json.loads, file):
+            scores.setdefault(line["model"], []).append(line["score"])
+    return scores
+
+
+def publish(run: PipelineRun, summary: dict[str, Any]) -> None:
+    """Write summary.json and report.html, and put both where their readers look: Prefect and MLflow."""
+    write_json(run.folder / "summary.json", summary)
+    for record in summary["stages"]:
+        mlflow_runs.set_tags(run.mlflow_run_id, {f"stage.{record['stage']}": record["status"]})
+    (run.folder / "report.html").write_text(report.html(run, summary), encoding="utf-8")
+    mlflow_runs.log_file(run.mlflow_run_id, run.folder / "report.html")
+    create_markdown_artifact(key="summary", markdown=report.markdown(run, summary), description="Stages, metrics, gate")
+
+
+def _read(path: Path, default: Any) -> Any:
+    return json.loads(path.read_text()) if path.is_file() else default

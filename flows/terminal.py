@@ -1,0 +1,115 @@
+"""What the terminal shows: one line per event while a run goes, and readable tables at its end."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.status import Status
+from rich.table import Table
+
+from tasks.errors import PipelineError
+
+console = Console(stderr=True)
+STATUS_COLOUR = {"ran": "green", "cached": "cyan", "failed": "red", "skipped": "dim", "run": "yellow"}
+
+
+class _Lines(logging.Handler):
+    """Prints the pipeline's own events; a step's progress only replaces the spinner's text on a terminal."""
+
+    def __init__(self, status: Status | None):
+        super().__init__(logging.DEBUG)
+        self.status = status
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.name != "posttrain":
+            return
+        text = escape(record.getMessage())
+        if record.levelno <= logging.DEBUG:
+            if self.status:
+                self.status.update(text)
+            return
+        colour = "yellow" if record.levelno >= logging.WARNING else "default"
+        console.print(f"[{colour}]{text}[/]", highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def attached() -> Iterator[None]:
+    """Show the pipeline's events on the terminal inside the block; plain lines where it is none."""
+    logger = logging.getLogger("posttrain")
+    logger.setLevel(logging.DEBUG)
+    status = console.status("starting the Prefect server") if console.is_terminal else None
+    handler = _Lines(status)
+    logger.addHandler(handler)
+    try:
+        if status:
+            with status:
+                yield
+        else:
+            yield
+    finally:
+        logger.removeHandler(handler)
+
+
+def show_summary(summary: dict[str, Any]) -> None:
+    """Print what became of each stage, the accuracies with their intervals, the verdict, and where everything is."""
+    from flows.report import estimate_text, stage_cells
+
+    table = Table(title=f"{summary['profile']}  {summary['status']}", title_justify="left", box=None, pad_edge=False)
+    for column in ("stage", "", "seconds", "key metric", "fingerprint"):
+        table.add_column(column, justify="right" if column == "seconds" else "left", overflow="fold")
+    for record in summary["stages"]:
+        cells = [escape(cell) for cell in stage_cells(record)]
+        cells[1] = f"[{STATUS_COLOUR[record['status']]}]{cells[1]}[/]"
+        table.add_row(*cells)
+    console.print()
+    console.print(table)
+    for metric, models in summary["metrics"].items():
+        console.print(f"\n{metric} on held-out rows, 95 % intervals")
+        console.print("  " + "  →  ".join(f"{name} [bold]{escape(estimate_text(e))}[/]" for name, e in models.items()), highlight=False)
+    if summary["gate"]:
+        console.print("gate " + ("[green]passed[/]" if summary["gate"]["passed"] else "[red]failed[/]"))
+    console.print()
+    if summary["export"] and summary["exit_code"] == 0:
+        _place("serve", f"vllm serve {summary['export']}")
+    _place("report", summary["report"])
+    _place("pages", "posttrain ui   (Prefect and MLflow on this store)")
+
+
+def show_plan(rows: list[dict[str, Any]]) -> None:
+    """Print for each stage whether it would run, and why."""
+    table = Table(box=None, pad_edge=False)
+    for column in ("stage", "", "why"):
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(row["stage"], f"[{STATUS_COLOUR[row['status']]}]{row['status']}[/]", escape("\n".join(row["why"])))
+    Console().print(table)
+
+
+def show_verdicts(verdicts: list[tuple[str, Any]]) -> None:
+    """Print each contract's verdict."""
+    from rich.markdown import Markdown
+
+    for name, verdict in verdicts:
+        console.print(Markdown(f"## {name}\n\n{verdict.to_markdown()}"))
+
+
+def show_checks(checks: list[Any]) -> int:
+    """Print one line per check and return the exit code: 0 if each is ok."""
+    out = Console()
+    for check in checks:
+        mark = "[green]ok  [/]" if check.ok else "[red]todo[/]"
+        out.print(f"{mark} {escape(check.what)}" + ("" if check.ok else f"\n     → {escape(check.remedy)}"), highlight=False)
+    return 0 if all(check.ok for check in checks) else 1
+
+
+def show_error(error: PipelineError) -> None:
+    console.print(f"[red]{type(error).__name__}[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+
+
+def _place(what: str, where: str) -> None:
+    console.print(f"  {what:<7} {escape(where)}", highlight=False, soft_wrap=True)
+
+

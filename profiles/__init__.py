@@ -1,0 +1,1 @@
+"""Profiles: what is trained, how it is judged, and where it runs."""

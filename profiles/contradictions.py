@@ -1,0 +1,101 @@
+"""Settings that are each fine alone and wrong together, most of which TRL would let pass."""
+
+from collections.abc import Iterator
+
+from profiles.schema import Dataset, Dpo, Grpo, Profile, Recipe
+
+SFT_KINDS = ("prompt_completion", "language_modeling")
+
+
+def contradictions(profile: Profile) -> list[str]:
+    """Return one sentence per contradiction: the settings, their values, what follows and the way out."""
+    recipe = profile.recipe
+    return [*_adapters(recipe), *_rewards(recipe), *_rows(recipe), *_prepared(recipe), *_drift(profile), *_gates(profile)]
+
+
+def _adapters(recipe: Recipe) -> Iterator[str]:
+    policy = recipe.policy
+    if recipe.sft is None and policy.lora is None:
+        yield (
+            "recipe.sft is absent and recipe.policy.lora is not set: there would be no adapter to train or merge. "
+            "Add recipe.sft, or set recipe.policy.lora."
+        )
+    if recipe.sft is not None and policy.lora is not None:
+        yield (
+            "recipe.policy.lora is set but recipe.sft trains an adapter that the policy goes on with: the second LoRA "
+            "would never be used. Remove recipe.policy.lora, or recipe.sft."
+        )
+
+
+def _rewards(recipe: Recipe) -> Iterator[str]:
+    policy = recipe.policy
+    used = isinstance(policy, Grpo) and any(r.name == "reward_model" and r.weight > 0 for r in policy.reward_functions)
+    if used and recipe.reward_model is None:
+        yield (
+            "recipe.policy.reward_functions names reward_model but recipe.reward_model is absent: nobody trains it. "
+            "Add recipe.reward_model, or drop that reward."
+        )
+    if recipe.reward_model is not None and not used:
+        yield (
+            f"recipe.reward_model is trained but recipe.policy.method {policy.method!r} does not read it: the stage "
+            "would be paid for nothing. Drop recipe.reward_model (--set recipe.reward_model=null), or add "
+            "{name: reward_model} to recipe.policy.reward_functions."
+        )
+    if isinstance(policy, Grpo) and not any(r.weight > 0 for r in policy.reward_functions):
+        yield "recipe.policy.reward_functions has only weights of 0: every advantage is 0 and nothing trains. Set one."
+
+
+def _rows(recipe: Recipe) -> Iterator[str]:
+    data, policy = recipe.datasets, recipe.policy
+    if recipe.sft is not None:
+        yield from _fits("sft", data.sft, SFT_KINDS, "the SFT stage")
+    if recipe.reward_model is not None:
+        yield from _fits("preference", data.preference, ("preference",), "the reward-model stage")
+    if isinstance(policy, Dpo):
+        yield from _fits("preference", data.preference, ("preference",), "recipe.policy.method 'dpo'")
+    if isinstance(policy, Grpo):
+        yield from _fits("prompts", data.prompts, ("prompt_only",), "recipe.policy.method 'grpo'")
+    wanted = "preference" if recipe.evaluate.metric == "preference_accuracy" else "eval"
+    yield from _fits("eval", data.eval, (wanted,), f"recipe.evaluate.metric {recipe.evaluate.metric!r}")
+
+
+def _fits(name: str, dataset: Dataset | None, kinds: tuple[str, ...], reader: str) -> Iterator[str]:
+    wanted = " or ".join(kinds)
+    if dataset is None:
+        yield f"recipe.datasets.{name} is absent but {reader} reads it. Add it, with kind: {wanted}."
+    elif dataset.kind not in kinds:
+        yield (
+            f"recipe.datasets.{name}.kind is {dataset.kind!r} but {reader} wants rows of kind {wanted}: the trainer "
+            f"would mis-read or drop them. Give a dataset of kind {wanted}."
+        )
+
+
+def _prepared(recipe: Recipe) -> Iterator[str]:
+    origins = {f"datasets.{name}": getattr(recipe.datasets, name) for name in ("sft", "preference", "prompts", "eval")}
+    origins["base_model"] = recipe.base_model
+    asking = [name for name, origin in origins.items() if origin is not None and origin.prepared]
+    if asking and recipe.prepare is None:
+        yield f"recipe.{asking[0]}.prepared is set but recipe.prepare is absent: nothing makes it. Add recipe.prepare."
+    if recipe.prepare is not None and recipe.prepare.base_model and recipe.base_model.prepared:
+        yield (
+            "recipe.prepare.base_model is true but recipe.base_model is itself made by the prepare stage: it cannot be "
+            "there before. Set recipe.prepare.base_model to false."
+        )
+
+
+def _drift(profile: Profile) -> Iterator[str]:
+    kl_max, policy = profile.drift.kl_max, profile.recipe.policy
+    if kl_max is None:
+        return
+    if isinstance(policy, Dpo):
+        yield f"drift.kl_max is {kl_max} but recipe.policy.method 'dpo' logs no kl. Drop kl_max."
+    elif not policy.args.get("beta"):
+        yield (
+            f"drift.kl_max is {kl_max} but recipe.policy.args.beta is {policy.args.get('beta', 0.0)}: TRL then loads no "
+            "reference model and logs no kl. Set beta > 0, or drop kl_max."
+        )
+
+
+def _gates(profile: Profile) -> Iterator[str]:
+    if "sft" in profile.gates.better_than and profile.recipe.sft is None:
+        yield "gates.better_than names sft but recipe.sft is absent. Drop it from the list, or add recipe.sft."

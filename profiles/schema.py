@@ -1,0 +1,214 @@
+"""The profile's types: `recipe` is identity, `drift` and `gates` judge it, `placement` says where it runs."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+OWNED_ARGS = ("output_dir", "report_to", "run_name", "seed", "data_seed", "use_vllm", "vllm_mode", "use_cpu", "logging_dir")
+SCORERS_NEED = {"accuracy": ("eval",), "preference_accuracy": ("preference",)}
+
+
+class Strict(BaseModel):
+    """No unknown keys, and no change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Origin(Strict):
+    """Where a model or dataset comes from: exactly one of a local path, a hub id, a file of the prepare stage."""
+
+    path: str | None = Field(None, description="local file or folder, relative to the working directory")
+    hub: str | None = Field(None, description="repository id on the Hugging Face hub; needs `revision`")
+    revision: str | None = Field(None, description="commit of the hub repository: a branch would move under the cache")
+    prepared: str | None = Field(None, description="name of a file or folder that the prepare stage makes")
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> "Origin":
+        given = [name for name in ("path", "hub", "prepared") if getattr(self, name)]
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of path, hub, prepared (given: {', '.join(given) or 'none'})")
+        if (self.revision is None) == (self.hub is not None):
+            raise ValueError("hub and revision go together: a moving branch cannot be cached or repeated")
+        return self
+
+
+class BaseModelOrigin(Origin):
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    licence: str | None = Field(None, description="licence of the base model, repeated in the export's model card")
+
+
+Kind = Literal["language_modeling", "prompt_completion", "preference", "prompt_only", "eval"]
+
+
+class Dataset(Origin):
+    """One dataset: what kind of rows it has, which of them to take, and how far its contract is tightened."""
+
+    kind: Kind
+    layout: Literal["trl", "sharegpt", "alpaca"] = "trl"
+    split: str = "train"
+    start: int = Field(0, ge=0)
+    stop: int | None = Field(None, gt=0)
+    contract: dict[str, float] = Field(default_factory=dict, description="limits of the contract, by name")
+
+
+class Datasets(Strict):
+    sft: Dataset | None = None
+    preference: Dataset | None = None
+    prompts: Dataset | None = None
+    eval: Dataset
+
+
+class Lora(Strict):
+    """PEFT's LoraConfig by its own names."""
+
+    r: int = Field(16, gt=0)
+    lora_alpha: int = Field(32, gt=0)
+    lora_dropout: float = Field(0.0, ge=0, lt=1)
+    target_modules: str | list[str] = "all-linear"
+    use_rslora: bool = False
+
+
+class Prepare(Strict):
+    """Runs `tasks.jobs.make_<maker>` once, before anything else, to make data (and a base model) from code."""
+
+    maker: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
+    config: dict[str, Any] = Field(default_factory=dict)
+    base_model: bool = Field(False, description="hand recipe.base_model to the maker, which samples from it")
+
+
+class TrlStage(Strict):
+    """`args` are fields of the TRL config class that `trl_config` names, checked against the installed one."""
+
+    args: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _not_ours(self) -> "TrlStage":
+        if ours := sorted(set(self.args) & set(OWNED_ARGS)):
+            raise ValueError(
+                f"args.{ours[0]} is set by the pipeline; remove it (the seed is recipe.seed, vLLM is `rollouts`)"
+            )
+        return self
+
+
+class Sft(TrlStage):
+    lora: Lora
+
+
+class RewardModelStage(TrlStage):
+    lora: Lora | None = None
+    eval_ratio: float = Field(0.1, gt=0, lt=1, description="share of the pairs held out to measure the reward model")
+
+
+class RewardFunction(Strict):
+    """A function of tasks/jobs/rewards.py, one of TRL's own as `trl.<name>`, or `reward_model` for the trained one."""
+
+    name: str
+    weight: float = Field(1.0, ge=0)
+
+
+class Grpo(TrlStage):
+    """Group relative policy optimisation (arXiv:2402.03300), TRL's GRPOTrainer."""
+
+    method: Literal["grpo"]
+    lora: Lora | None = Field(None, description="a fresh adapter; only without an SFT stage, whose adapter goes on")
+    reward_functions: list[RewardFunction] = Field(min_length=1)
+    rollouts: Literal["auto", "vllm", "transformers"] = "auto"
+
+
+class Dpo(TrlStage):
+    """Direct preference optimisation (arXiv:2305.18290), TRL's DPOTrainer."""
+
+    method: Literal["dpo"]
+    lora: Lora | None = Field(None, description="a fresh adapter; only without an SFT stage, whose adapter goes on")
+
+
+Policy = Annotated[Grpo | Dpo, Field(discriminator="method")]
+
+
+class Evaluate(Strict):
+    """Greedy answers of base, SFT and policy to the same held-out rows."""
+
+    metric: Literal["accuracy", "preference_accuracy"] = "accuracy"
+    scorer: str = Field("exact_answer", description="reward function whose score of 1.0 counts as right")
+    max_new_tokens: int = Field(64, gt=0)
+    max_length: int = Field(1024, gt=0, description="preference_accuracy: longer pairs are cut there, and counted")
+    batch_size: int = Field(32, gt=0)
+
+
+class Export(Strict):
+    """What plain `vllm serve` loads, and how the served model is compared with the trained one."""
+
+    max_model_len: int = Field(1024, gt=0)
+    num_probes: int = Field(16, gt=0)
+    max_new_tokens: int = Field(32, gt=0)
+    startup_timeout_seconds: int = Field(300, gt=0)
+
+
+class Recipe(Strict):
+    seed: int = 42
+    prepare: Prepare | None = None
+    base_model: BaseModelOrigin
+    datasets: Datasets
+    sft: Sft | None = None
+    reward_model: RewardModelStage | None = None
+    policy: Policy
+    evaluate: Evaluate = Evaluate()
+    export: Export = Export()
+
+
+class Drift(Strict):
+    """Corridors of the policy stage; a series outside for `patience` log steps halts the run. Limits in nats per token.
+
+    Defaults of the detectors: ../docs of the project say on which runs they were tried.
+    """
+
+    kl_max: float | None = Field(None, gt=0, description="limit of the moving average of `kl`")
+    entropy_ratio_min: float | None = Field(None, gt=0, lt=1, description="entropy against its first-steps median")
+    reference_steps: int = Field(10, gt=0, description="log steps whose median entropy is the reference")
+    smoothing: float = Field(0.3, gt=0, le=1, description="weight of the newest value in the moving average")
+    patience: int = Field(3, gt=0)
+
+
+class Gates(Strict):
+    """What the candidate must show before it is merged and exported."""
+
+    accuracy_min: float | None = Field(None, ge=0, le=1)
+    better_than: list[Literal["base", "sft"]] = Field(default_factory=lambda: ["base"])
+    p_max: float = Field(0.05, gt=0, lt=1, description="level of the one-sided exact McNemar test")
+
+
+class StagePlacement(Strict):
+    tags: list[str] = Field(default_factory=lambda: ["local"], min_length=1)
+    accelerate: str = Field("cpu", description="a file of profiles/accelerate/, without .yaml")
+    python: str | None = Field(None, description="the job environment's interpreter; default: the one `make` built")
+    timeout_seconds: int = Field(6 * 3600, gt=0)
+
+
+STAGES = ("prepare", "sft", "reward_model", "policy", "evaluate", "merge", "export")
+
+
+class Placement(Strict):
+    """Where stages run: `default`, and by stage only what differs from it."""
+
+    default: StagePlacement = StagePlacement()
+    prepare: StagePlacement | None = None
+    sft: StagePlacement | None = None
+    reward_model: StagePlacement | None = None
+    policy: StagePlacement | None = None
+    evaluate: StagePlacement | None = None
+    merge: StagePlacement | None = None
+    export: StagePlacement | None = None
+
+    def of(self, stage: str) -> StagePlacement:
+        """Return the stage's placement: its own settings over the default's."""
+        own = getattr(self, stage)
+        return self.default if own is None else self.default.model_copy(update=own.model_dump(exclude_unset=True))
+
+
+class Profile(Strict):
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    description: str
+    recipe: Recipe
+    drift: Drift = Drift()
+    gates: Gates = Gates()
+    placement: Placement = Placement()

@@ -1,0 +1,177 @@
+"""What a stage leaves: files, a manifest and a fingerprint, in a content-addressed store that only ever holds whole ones."""
+
+import json
+import logging
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tasks.errors import MachineUnfit, ProfileError
+from tasks.fingerprints import canonical, file_digest, fingerprint, tree_digest
+
+MANIFEST = "manifest.json"
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+log = logging.getLogger("posttrain")
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A finished stage's files: `path` is a folder (or a hub id), `digest` identifies its bytes.
+
+    Downstream stages key on `digest`, not on `fingerprint`: a rebuilt input with other bytes rebuilds what follows.
+    """
+
+    stage: str
+    path: str
+    fingerprint: str
+    digest: str
+    metrics: dict[str, float] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
+    mlflow_run_id: str | None = None
+    seconds: float = 0.0
+
+    def __truediv__(self, name: str) -> Path:
+        return Path(self.path) / name
+
+
+class Store:
+    """`<root>/<stage>/<fingerprint>/`: written beside, hashed into a manifest, renamed into place."""
+
+    def __init__(self, root: Path):
+        self.root = root
+
+    def place(self, stage: str, key: str) -> Path:
+        """Return where the artifact of `stage` with fingerprint `key` is, or would be."""
+        return self.root / stage / key
+
+    def find(self, stage: str, key: str) -> Artifact | None:
+        """Return the artifact if it is there and every file has the size and hash of its manifest, else None.
+
+        A damaged artifact is removed with a warning, so that the stage is built again.
+        """
+        folder = self.place(stage, key)
+        if not folder.exists():
+            return None
+        problem = damage(folder)
+        if problem is None:
+            return _read(folder)
+        log.warning("%s/%s in the store is damaged (%s): it will be built again", stage, key, problem)
+        shutil.rmtree(folder)
+        return None
+
+    @contextmanager
+    def staging(self, stage: str, key: str) -> Iterator[Path]:
+        """Yield an empty folder on the store's own file system; whatever was not committed is removed afterwards."""
+        folder = self.root / stage / f".{key}.{uuid.uuid4().hex[:8]}"
+        with disk_errors(self.root):
+            folder.mkdir(parents=True)
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def commit(self, staged: Path, artifact: Artifact, identity: dict[str, Any]) -> Artifact:
+        """Write the manifest and rename `staged` into place; the first of two equal builds wins."""
+        with disk_errors(self.root):
+            files = {name: _entry(staged / name) for name in _names(staged)}
+            digest = fingerprint({"files": {name: entry["sha256"] for name, entry in files.items()}})
+            target = self.place(artifact.stage, artifact.fingerprint)
+            facts = asdict(artifact) | {"path": str(target), "digest": digest}
+            _write_synced(staged / MANIFEST, {"artifact": facts, "identity": identity, "files": files})
+            try:
+                os.rename(staged, target)
+            except OSError:
+                if damage(target) is not None:
+                    raise
+            return _read(target)
+
+    def identity(self, stage: str, key: str) -> dict[str, Any] | None:
+        """Return what was fingerprinted for an artifact, or None if the store does not have it."""
+        manifest = self.place(stage, key) / MANIFEST
+        return json.loads(manifest.read_text())["identity"] if manifest.is_file() else None
+
+
+def damage(folder: Path) -> str | None:
+    """Return what is wrong with an artifact's folder against its manifest, or None if all of it holds."""
+    try:
+        files = json.loads((folder / MANIFEST).read_text())["files"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"manifest unreadable: {error}"
+    present = set(_names(folder))
+    for name, entry in files.items():
+        path = folder / name
+        if name not in present:
+            return f"{name} is missing"
+        if path.stat().st_size != entry["size"] or file_digest(path) != entry["sha256"]:
+            return f"{name} was altered"
+    extra = present - set(files)
+    return f"{min(extra)} was added" if extra else None
+
+
+@contextmanager
+def disk_errors(root: Path) -> Iterator[None]:
+    """Turn a full or read-only disk into an error that says so."""
+    try:
+        yield
+    except OSError as error:
+        raise MachineUnfit(
+            f"cannot write under {root}: {error.strerror or error}. Nothing half-written was kept. "
+            "Free space there, or set POSTTRAIN_HOME to a folder on another disk."
+        ) from error
+
+
+def local_model(setting: str, path: Path) -> Artifact:
+    """Return a local base model as an input, identified by its bytes; raises ProfileError naming what is missing."""
+    problem = _model_problem(path)
+    if problem:
+        raise ProfileError(
+            f"{setting} is {str(path)!r}, which {problem}. Every stage loads the base model from there. "
+            "Name a folder made by save_pretrained() of both the model and its tokenizer."
+        )
+    digest = tree_digest(path)
+    return Artifact(stage="base_model", path=str(path.resolve()), fingerprint=digest[:12], digest=digest)
+
+
+def hub_model(repository: str, revision: str) -> Artifact:
+    """Return a hub model as an input, identified by its repository and pinned revision."""
+    digest = fingerprint({"hub": repository, "revision": revision})
+    return Artifact("base_model", repository, digest, digest, details={"revision": revision})
+
+
+def _model_problem(path: Path) -> str | None:
+    if not path.is_dir():
+        return "is not a folder"
+    if not (path / "config.json").is_file():
+        return "has no config.json"
+    if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        return "has no tokenizer (no tokenizer.json, tokenizer.model or vocab.json)"
+    if not any(any(path.glob(pattern)) for pattern in WEIGHTS):
+        return f"has no weights ({' or '.join(WEIGHTS)})"
+    return None
+
+
+def _names(folder: Path) -> list[str]:
+    names = (p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+    return sorted(name for name in names if name != MANIFEST)
+
+
+def _entry(path: Path) -> dict[str, Any]:
+    return {"size": path.stat().st_size, "sha256": file_digest(path)}
+
+
+def _read(folder: Path) -> Artifact:
+    facts = json.loads((folder / MANIFEST).read_text())["artifact"]
+    return Artifact(**facts | {"path": str(folder)})
+
+
+def _write_synced(path: Path, content: dict[str, Any]) -> None:
+    canonical(content["identity"])
+    with path.open("w", encoding="utf-8") as file:
+        json.dump(content, file, indent=1, sort_keys=True)
+        file.flush()
+        os.fsync(file.fileno())

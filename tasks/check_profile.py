@@ -1,0 +1,64 @@
+"""Check what only the job environment knows: TRL's arguments and the reward functions' names, before anything runs."""
+
+import json
+import subprocess
+from typing import Any
+
+from profiles.load import InvalidProfile, accelerate_file, load
+from profiles.schema import STAGES, Grpo, Profile, Recipe
+from tasks.artifacts import disk_errors
+from tasks.environment import home
+from tasks.errors import MachineUnfit, ProfileError
+from tasks.fingerprints import code_digest, fingerprint, library_versions
+from tasks.launch import job_environment, job_python
+from tasks.pipeline_run import write_json
+
+CONFIG_CLASS = {"sft": "SFTConfig", "reward_model": "RewardConfig", "grpo": "GRPOConfig", "dpo": "DPOConfig"}
+TIMEOUT_SECONDS = 300  # importing TRL from a cold disk
+
+
+def load_profile(name: str, overrides: list[str] | None = None) -> Profile:
+    """Return the profile; raises ProfileError for a missing file, an unknown key, a wrong type, a contradiction."""
+    try:
+        profile = load(name, overrides)
+        for stage in STAGES:
+            accelerate_file(profile.placement.of(stage).accelerate)
+    except InvalidProfile as error:
+        raise ProfileError(str(error)) from None
+    return profile
+
+
+def check_profile(profile: Profile) -> None:
+    """Raise ProfileError if TRL's config classes refuse the profile's `args`, or a reward function does not exist.
+
+    It takes an import of TRL, so the answer is kept by what was asked, the code and the library versions.
+    """
+    python = job_python(profile.placement.default)
+    asked = question(profile.recipe)
+    key = fingerprint({"asked": asked, "libraries": library_versions(python), "code": code_digest("tasks.jobs.check_args")})
+    kept = home() / ".checks" / f"{key}.json"
+    if not kept.is_file():
+        with disk_errors(kept):
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            write_json(kept, _ask(str(python), asked))
+    if problems := json.loads(kept.read_text()):
+        raise ProfileError(f"profile {profile.name}: " + "\n".join(problems))
+
+
+def question(recipe: Recipe) -> dict[str, Any]:
+    """Return what the job side is asked: each stage's config class and arguments, and every reward's name."""
+    stages = {"sft": ("sft", recipe.sft), "reward_model": ("reward_model", recipe.reward_model)}
+    stages["policy"] = (recipe.policy.method, recipe.policy)
+    args = {f"recipe.{where}": [CONFIG_CLASS[name], stage.args] for where, (name, stage) in stages.items() if stage}
+    rewards = [r.name for r in recipe.policy.reward_functions] if isinstance(recipe.policy, Grpo) else []
+    return {"args": args, "rewards": [*rewards, recipe.evaluate.scorer]}
+
+
+def _ask(python: str, asked: dict[str, Any]) -> list[str]:
+    done = subprocess.run(
+        [python, "-m", "tasks.jobs.check_args"],
+        input=json.dumps(asked), capture_output=True, text=True, timeout=TIMEOUT_SECONDS, env=job_environment(),
+    )  # fmt: skip
+    if done.returncode != 0:
+        raise MachineUnfit(f"the job environment {python} does not work: {done.stderr.strip()[-2000:]}\nRun `posttrain doctor`.")
+    return json.loads(done.stdout)

@@ -1,0 +1,57 @@
+"""Every deliberate stop of the pipeline, each with its own exit code; anything else is a bug and keeps its traceback.
+
+PipelineError            1
+├── ProfileError         2    a setting is wrong or two of them contradict each other; no run was opened
+├── ContractBroken       3    the data violates its contract
+├── JobFailed            4    a training, evaluation, merge or export job exited non-zero
+│   └── MachineUnfit     4    the job cannot even start here: no job environment, no disk, a busy port
+├── DriftHalted          5    reward, KL or entropy left its corridor
+├── GateFailed           6    the candidate is not good enough
+└── RunCancelled       130    someone stopped the run
+"""
+
+
+class PipelineError(Exception):
+    """A stop that the pipeline means; its text names the setting or rows, the value, what follows and the way out."""
+
+    exit_code = 1
+
+
+class ProfileError(PipelineError):
+    """A setting is wrong, or two settings contradict each other."""
+
+    exit_code = 2
+
+
+class ContractBroken(PipelineError):
+    """The data violates its contract; nothing was trained on it."""
+
+    exit_code = 3
+
+
+class JobFailed(PipelineError):
+    """A job exited non-zero; the text has the root cause of the first failing rank and the log's path."""
+
+    exit_code = 4
+
+
+class MachineUnfit(JobFailed):
+    """This machine cannot run the job: no job environment, no disk space, a busy port."""
+
+
+class DriftHalted(PipelineError):
+    """A monitored series left its corridor and stayed out; the text says which, when and by how much."""
+
+    exit_code = 5
+
+
+class GateFailed(PipelineError):
+    """The candidate did not pass its gate; the text has every reason with its numbers."""
+
+    exit_code = 6
+
+
+class RunCancelled(PipelineError):
+    """Someone stopped the run; its job was ended with all its descendants."""
+
+    exit_code = 130

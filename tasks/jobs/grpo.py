@@ -1,0 +1,94 @@
+"""Group relative policy optimisation (arXiv:2402.03300) from the SFT adapter, with TRL's GRPOTrainer.
+
+Departures from the paper are TRL's own and chosen by its arguments: `loss_type` (default "dapo"), `scale_rewards`, `beta`.
+"""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import AutoConfig
+
+from tasks.job_spec import JobResult, JobSpec
+from tasks.jobs import rewards, vllm_cpu
+from tasks.jobs.job import done, run
+from tasks.jobs.models import load_tokenizer, load_trainable, save_adapter
+from tasks.jobs.training import rows, train, trl_args
+
+SYNC_TOLERANCE = 0.1  # mean |log p(trainer) - log p(vLLM)|: beyond it the rollouts are not the policy's (pains.md P13)
+
+
+def main(spec: JobSpec) -> JobResult:
+    """Leave the adapter; the reference of `kl` is the SFT policy (the base, if there was no SFT stage)."""
+    rollouts, why = choose_rollouts(spec)
+    logging.getLogger(__name__).warning("rollouts: %s%s", rollouts, f" ({why})" if why else "")
+    on_cpu = not torch.cuda.is_available()
+    if rollouts == "transformers":
+        from tasks.jobs import without_vllm  # noqa: F401
+    elif on_cpu:
+        vllm_cpu.prepare(spec.config["dtype"])
+    from trl import GRPOConfig, GRPOTrainer
+
+    tokenizer = load_tokenizer(spec)
+    model, lora = load_trainable(spec)
+    functions, weights = reward_functions(spec)
+    ours: dict[str, Any] = {"reward_weights": weights, "use_vllm": rollouts == "vllm"}
+    trainer = GRPOTrainer(
+        model=model,
+        args=trl_args(GRPOConfig, spec, **ours),
+        reward_funcs=functions,
+        train_dataset=rows(spec, "rows"),
+        processing_class=tokenizer,
+        peft_config=lora,
+    )
+    metrics = train(trainer, spec)
+    _assert_synced(metrics)
+    if trainer.is_world_process_zero():
+        save_adapter(trainer.model, tokenizer, spec.output)
+    return done(metrics, rollouts=rollouts, rollouts_reason=why)
+
+
+def choose_rollouts(spec: JobSpec) -> tuple[str, str | None]:
+    """Return what generates the rollouts, and why it is not vLLM; raises if vLLM was asked for and cannot."""
+    asked = spec.config["rollouts"]
+    if asked == "transformers":
+        return asked, None
+    config = AutoConfig.from_pretrained(spec.inputs["base_model"], revision=spec.config.get("revision"))
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    why = vllm_cpu.obstacle(head_dim)
+    if why is None:
+        return "vllm", None
+    if asked == "vllm":
+        raise RuntimeError(f"recipe.policy.rollouts is 'vllm' but {why}; set it to transformers or auto")
+    return "transformers", why
+
+
+def reward_functions(spec: JobSpec) -> tuple[list[Callable | str], list[float]]:
+    """Return TRL's reward_funcs and their weights, in the profile's order."""
+    wanted = spec.config["reward_functions"]
+    return [find_reward(r["name"], spec.inputs.get("reward_model")) for r in wanted], [r["weight"] for r in wanted]
+
+
+def find_reward(name: str, reward_model: str | None = None) -> Callable | str:
+    """Return the reward named `name`: the trained model's folder, TRL's own (`trl.<name>`), or one of rewards.py."""
+    if name == "reward_model":
+        return reward_model
+    if name.startswith("trl."):
+        import trl.rewards
+
+        return getattr(trl.rewards, name.removeprefix("trl."))
+    return getattr(rewards, name)
+
+
+def _assert_synced(metrics: dict[str, float]) -> None:
+    difference = metrics.get("sampling/sampling_logp_difference/mean", 0.0)
+    if difference > SYNC_TOLERANCE:
+        raise RuntimeError(
+            f"vLLM's and the trainer's log probabilities differ by {difference:.3f} nats per token on average (limit "
+            f"{SYNC_TOLERANCE}): the rollouts were not the policy's own. Set recipe.policy.rollouts: transformers."
+        )
+
+
+if __name__ == "__main__":
+    run(main)

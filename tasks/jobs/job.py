@@ -1,0 +1,56 @@
+"""What every job does around its work: reads job.json, leaves result.json, and says on which rank it died of what."""
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tasks.job_spec import JobResult, JobSpec
+from tasks.monitoring.drift import Breach
+
+HALT_EXIT_CODE = 5
+
+
+class Halted(Exception):
+    """A series left its corridor; every rank has stopped at the same step."""
+
+    def __init__(self, breach: Breach, last_good: str | None):
+        super().__init__(f"{breach} Last checkpoint inside the corridors: {last_good or 'none was saved'}.")
+
+
+def run(main: Callable[[JobSpec], JobResult]) -> None:
+    """Run `main` on the spec that the command line names, and exit as the pipeline expects."""
+    spec = JobSpec.model_validate_json(Path(sys.argv[1]).read_text())
+    rank = int(os.environ.get("RANK", "0"))
+    try:
+        result = main(spec)
+    except Halted as halt:
+        if rank == 0:
+            _leave(spec.result_file, JobResult(status="halted", error=str(halt)))
+        sys.exit(HALT_EXIT_CODE)
+    except BaseException as error:
+        failure = JobResult(status="failed", error=_cause(error), rank=rank)
+        _leave(spec.work / f"failure.rank{rank}.json", failure)
+        raise
+    if rank == 0:
+        _leave(spec.result_file, result)
+
+
+def done(metrics: dict[str, float], **details: Any) -> JobResult:
+    """Return the result of a job that did its work."""
+    return JobResult(status="done", metrics=metrics, details=details)
+
+
+def _cause(error: BaseException) -> str:
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if "/tasks/jobs/" in f.filename]
+    where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {error}{where}"
+
+
+def _leave(path: Path, result: JobResult) -> None:
+    beside = path.with_name(f".{path.name}")
+    beside.write_text(json.dumps(result.model_dump(mode="json"), indent=1))
+    os.replace(beside, path)

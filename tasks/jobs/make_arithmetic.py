@@ -1,0 +1,155 @@
+"""Make the arithmetic data of one profile: what SFT, the reward model, GRPO and the evaluation read, from reasoning-gym tasks.
+
+Four files: `sft.jsonl`, `preference.jsonl`, `prompts.jsonl`, `eval.jsonl`. No question of `eval.jsonl` occurs in another file. Both
+replies of a preference pair are the base model's own, sampled at temperature 1 and told apart by the answer they end in.
+"""
+
+import json
+import random
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import reasoning_gym
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+Message = dict[str, str]
+Row = dict[str, Any]
+
+NUMBER = re.compile(r"-?\d+")
+TOKENS_MAX = 16  # "9 - 7 + 8 =" is given; " 2 + 8 = 10" is 9 tokens
+
+
+class Problem(NamedTuple):
+    question: str
+    expression: str  # "9 - 7 + 8"
+    answer: str  # "10"
+
+
+def make(output: Path, seed: int, config: dict[str, Any], base_model: Path) -> dict[str, float]:
+    """Write the four files into `output` and return how many rows each has and how often the base model was right.
+
+    `config`: `tasks` (reasoning-gym task -> its parameters, `size` among them), `num_eval`, `num_sft`, `num_preference_prompts`,
+    `num_samples` (replies per prompt), `pairs_per_prompt_max`.
+    """
+    problems = distinct(config["tasks"], seed)
+    held_out, training = problems[: config["num_eval"]], problems[config["num_eval"] :]
+    judged = training[: config["num_preference_prompts"]]
+    shown = training[len(training) - config["num_sft"] :]
+    if len(held_out) < config["num_eval"] or len(training) < max(config["num_preference_prompts"], config["num_sft"]):
+        raise ValueError(f"the tasks have {len(problems)} distinct questions, too few for {config}: raise a task's size, terms or digits")
+    replies = sample(base_model, judged, config["num_samples"], seed)
+    pairs = [row for group in zip(judged, replies) for row in preferences(*group, config["pairs_per_prompt_max"])]
+    output.mkdir(parents=True, exist_ok=True)
+    write(output / "sft.jsonl", [{"prompt": prompt(p), "completion": says(worked(p))} for p in shown])
+    write(output / "preference.jsonl", pairs)
+    write(output / "prompts.jsonl", [{"prompt": prompt(p), "answer": p.answer} for p in training])
+    write(output / "eval.jsonl", [{"prompt": prompt(p), "answer": p.answer} for p in held_out])
+    return {
+        "num_sft": len(shown),
+        "num_preference": len(pairs),
+        "num_prompts": len(training),
+        "num_eval": len(held_out),
+        **pass_ratios(judged, replies),
+    }
+
+
+def distinct(tasks: dict[str, dict[str, Any]], seed: int) -> list[Problem]:
+    """Return the tasks' problems in random order, each question once.
+
+    reasoning-gym draws row i from `Random(seed + i)`, so tasks whose seeds are less than `size` apart would share draws.
+    """
+    problems: dict[str, Problem] = {}
+    for name, params in tasks.items():
+        for entry in reasoning_gym.create_dataset(name, seed=seed, **params):
+            problems[entry["question"]] = Problem(entry["question"], entry["metadata"]["expression"], entry["answer"])
+        seed += params["size"]
+    shuffled = list(problems.values())
+    random.Random(seed).shuffle(shuffled)
+    return shuffled
+
+
+def prompt(problem: Problem) -> list[Message]:
+    return [{"role": "user", "content": problem.question}]
+
+
+def says(reply: str) -> list[Message]:
+    return [{"role": "assistant", "content": reply}]
+
+
+def worked(problem: Problem) -> str:
+    """Return the answer worked out from left to right: "9 - 7 + 8 = 2 + 8 = 10"."""
+    value, *rest = problem.expression.split()
+    steps = [problem.expression]
+    while rest:
+        operator, term, *rest = rest
+        value = str({"+": int.__add__, "-": int.__sub__, "*": int.__mul__}[operator](int(value), int(term)))
+        steps.append(" ".join([value, *rest]))
+    if value != problem.answer:
+        raise ValueError(f"{problem.expression} is {value} from left to right but the task says {problem.answer}: mixed operators?")
+    return " = ".join(steps)
+
+
+def final_number(reply: str) -> str | None:
+    """Return the last integer in `reply`, as the reply's answer: rambling on after the answer costs it."""
+    numbers = NUMBER.findall(reply.replace(",", ""))
+    return str(int(numbers[-1])) if numbers else None
+
+
+def is_right(reply: str, answer: str) -> bool:
+    return final_number(reply) == answer
+
+
+def sample(base_model: Path, problems: list[Problem], num_samples: int, seed: int) -> list[list[str]]:
+    """Return `num_samples` replies of the base model to each problem, at temperature 1.
+
+    Each reply is begun for the model with "9 - 7 + 8 =". Left alone it begins a lecture, too long to sample by the thousand and too
+    unlike the policy after SFT for a reward model to learn from.
+    """
+    torch.manual_seed(seed)
+    tokenizer = AutoTokenizer.from_pretrained(base_model, padding_side="left")
+    model = AutoModelForCausalLM.from_pretrained(base_model, dtype=torch.bfloat16).eval()
+    begun = [p for p in problems for _ in range(num_samples)]
+    texts = [
+        tokenizer.apply_chat_template(prompt(p), add_generation_prompt=True, tokenize=False) + f"{p.expression} =" for p in begun
+    ]
+    continued = [text for batch in batches(texts, 128) for text in continuations(model, tokenizer, batch)]
+    replies = [f"{p.expression} ={text}".strip() for p, text in zip(begun, continued, strict=True)]
+    return list(batches(replies, num_samples))
+
+
+@torch.inference_mode()
+def continuations(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[str]:
+    inputs = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
+    tokens = model.generate(**inputs, do_sample=True, temperature=1.0, top_k=0, max_new_tokens=TOKENS_MAX)
+    return tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def batches(items: list[Any], size: int) -> Iterator[list[Any]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+def preferences(problem: Problem, replies: list[str], pairs_max: int) -> Iterator[Row]:
+    """Yield a pair for each right reply that has a wrong one beside it; a pair's replies differ because their answers do."""
+    unique = list(dict.fromkeys(replies))
+    right = [reply for reply in unique if is_right(reply, problem.answer)]
+    wrong = [reply for reply in unique if not is_right(reply, problem.answer)]
+    for chosen, rejected in list(zip(right, wrong))[:pairs_max]:
+        yield {"prompt": prompt(problem), "chosen": says(chosen), "rejected": says(rejected)}
+
+
+def pass_ratios(problems: list[Problem], replies: list[list[str]]) -> dict[str, float]:
+    """Return how often a reply was right, and how many prompts had right and wrong ones: only those teach anything."""
+    passed = [[is_right(reply, p.answer) for reply in group] for p, group in zip(problems, replies, strict=True)]
+    num_replies = sum(len(group) for group in passed)
+    return {
+        "pass_ratio": sum(sum(group) for group in passed) / num_replies,
+        "mixed_ratio": sum(any(group) and not all(group) for group in passed) / len(passed),
+    }
+
+
+def write(path: Path, rows: list[Row]) -> None:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

@@ -1,0 +1,28 @@
+"""Supervised fine-tuning of a LoRA adapter on the base model, with TRL's SFTTrainer."""
+
+from tasks.job_spec import JobResult, JobSpec
+from tasks.jobs import without_vllm  # noqa: F401  (before trl: importing vLLM costs seconds that only rollouts need)
+from tasks.jobs.job import done, run
+from tasks.jobs.models import load_base, load_tokenizer, lora_config, save_adapter
+from tasks.jobs.training import rows, train, trl_args
+
+from trl import SFTConfig, SFTTrainer  # isort: skip
+
+
+def main(spec: JobSpec) -> JobResult:
+    tokenizer = load_tokenizer(spec)
+    trainer = SFTTrainer(
+        model=load_base(spec),
+        args=trl_args(SFTConfig, spec),
+        train_dataset=rows(spec, "rows"),
+        processing_class=tokenizer,
+        peft_config=lora_config(spec.config["lora"], "CAUSAL_LM"),
+    )
+    metrics = train(trainer, spec)
+    if trainer.is_world_process_zero():
+        save_adapter(trainer.model, tokenizer, spec.output)
+    return done(metrics)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,79 @@
+"""The frame around every TRL trainer: its arguments, its rows, its listeners, and the proof that something moved."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import Trainer
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from tasks.job_spec import JobSpec
+from tasks.jobs.callbacks import DriftHalt, MetricsFile
+
+
+def trl_args(config_class: type, spec: JobSpec, **ours: Any) -> Any:
+    """Return TRL's config from the profile's `args` and what the pipeline owns: seed, folder, no reporting."""
+    on_cpu = not torch.cuda.is_available()
+    defaults = {"logging_steps": 1, "save_strategy": "no"}
+    if on_cpu:
+        # TRL turns bf16 autocast on by default; on CPU the recipe's dtype decides alone, and nothing is pinned.
+        defaults |= {"bf16": False, "dataloader_pin_memory": False}
+    return config_class(
+        **defaults | spec.config["args"] | ours,
+        output_dir=str(spec.work / "checkpoints"), report_to="none", seed=spec.seed, use_cpu=on_cpu, disable_tqdm=True,
+    )  # fmt: skip
+
+
+def rows(spec: JobSpec, name: str) -> Dataset:
+    """Return a validated dataset's rows, without the bookkeeping column."""
+    dataset = Dataset.from_parquet(str(Path(spec.inputs[name]) / "rows.parquet"), cache_dir=str(spec.work / "cache"))
+    return dataset.remove_columns([c for c in ("row",) if c in dataset.column_names])
+
+
+def train(trainer: Trainer, spec: JobSpec) -> dict[str, float]:
+    """Train to the end and return the final value of every metric that was logged.
+
+    Raises Halted on drift, and RuntimeError if a trainable tensor did not change or a frozen one did.
+    """
+    drift = DriftHalt(spec) if spec.drift else None
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(MetricsFile(spec))
+    if drift is not None:
+        trainer.add_callback(drift)
+    before = {name: _sample(p) for name, p in trainer.model.named_parameters()}
+    trainer.train()
+    if drift is not None:
+        drift.verdict()
+    _assert_moved(trainer.model, before)
+    return final_metrics(trainer.state.log_history)
+
+
+def final_metrics(history: list[dict[str, Any]]) -> dict[str, float]:
+    """Return each logged metric's mean over its last five log steps: one GRPO step's reward is mostly noise."""
+    last: dict[str, list[float]] = {}
+    for line in history:
+        for key, value in line.items():
+            if isinstance(value, int | float) and key not in ("step", "epoch"):
+                last.setdefault(key, []).append(float(value))
+    return {key: sum(values[-5:]) / len(values[-5:]) for key, values in last.items()}
+
+
+def _sample(parameter: torch.Tensor) -> torch.Tensor:
+    return parameter.detach().flatten()[:4096].clone()
+
+
+def _assert_moved(model: torch.nn.Module, before: dict[str, torch.Tensor]) -> None:
+    """Hold every parameter against its first 4,096 values from before: a run that trained nothing must not go on."""
+    still, moved = [], []
+    for name, parameter in model.named_parameters():
+        changed = not torch.equal(_sample(parameter), before[name])
+        if parameter.requires_grad and not changed:
+            still.append(name)
+        if not parameter.requires_grad and changed:
+            moved.append(name)
+    if moved:
+        raise RuntimeError(f"{len(moved)} frozen tensors changed in training, the first is {moved[0]}")
+    if still and len(still) == sum(p.requires_grad for p in model.parameters()):
+        raise RuntimeError("training changed no tensor: learning_rate may be 0, or every advantage or gradient was 0")

@@ -1,0 +1,40 @@
+"""Makes TRL's colocated vLLM work on the CPU build of vLLM, whose weight sync would otherwise silently do nothing.
+
+vLLM's CPU linear layers pack their weights for oneDNN once and ignore later `load_weights` calls. Keeping plain weights
+makes the sync real; the trainer's `sampling/sampling_logp_difference/mean` shows it (about 1e-7 with the sync, growing without).
+"""
+
+import functools
+import os
+from typing import Any
+
+
+def prepare(dtype: str) -> None:
+    """Set vLLM up for this process; call before trl's trainers are imported."""
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    import trl.generation.vllm_generation as generation
+    from vllm.model_executor.layers import utils
+
+    utils.dispatch_cpu_unquantized_gemm = _keep_plain_weights
+    generation.LLM = functools.partial(generation.LLM, dtype=dtype, enforce_eager=True)
+
+
+def _keep_plain_weights(layer: Any, remove_weight: bool) -> None:
+    import torch
+
+    layer.cpu_linear = torch.nn.functional.linear
+
+
+def obstacle(head_dim: int) -> str | None:
+    """Return why vLLM cannot generate for a model of this head size here, or None."""
+    try:
+        import vllm  # noqa: F401
+    except ImportError as error:
+        return f"vllm cannot be imported ({error})"
+    import torch
+
+    if not torch.cuda.is_available() and head_dim % 16:
+        return f"vLLM's CPU attention refuses head_dim {head_dim}"
+    return None

@@ -1,0 +1,1 @@
+"""What a metric is called, when it is wrong, and where it is kept."""

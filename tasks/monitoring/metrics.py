@@ -1,0 +1,37 @@
+"""What each stage logs, by TRL's own keys, and what a person is shown of it."""
+
+# The metric that stands for a stage in the summary table.
+KEY_METRIC = {
+    "sft": "mean_token_accuracy",
+    "reward_model": "eval_accuracy",
+    "grpo": "reward",
+    "dpo": "rewards/accuracies",
+    "evaluate": "accuracy/policy",
+    "merge": "logits_max_abs_diff",
+    "export": "greedy_match_ratio",
+}
+
+# Curves of the report, in the order a reader asks: does it learn, does it stay close, does it stay diverse.
+CURVES = {
+    "sft": ("loss", "mean_token_accuracy", "entropy"),
+    "reward_model": ("loss", "accuracy", "margin"),
+    "grpo": ("reward", "kl", "entropy", "completions/mean_length"),
+    "dpo": ("loss", "rewards/accuracies", "rewards/margins", "entropy"),
+}
+
+MEANING = {
+    "loss": "training loss",
+    "mean_token_accuracy": "share of supervised tokens that the model ranks first",
+    "entropy": "mean entropy of the next-token distribution, nats per token",
+    "accuracy": "share of pairs whose chosen answer gets the higher reward",
+    "eval_accuracy": "the same on held-out pairs",
+    "margin": "mean reward of chosen minus rejected",
+    "reward": "mean total reward of the rollouts, after weights",
+    "kl": "estimate of KL(policy || reference), nats per token (k3 estimator, http://joschu.net/blog/kl-approx.html)",
+    "completions/mean_length": "mean length of the rollouts, tokens",
+    "rewards/accuracies": "share of pairs whose chosen answer has the higher implicit reward",
+    "rewards/margins": "mean implicit reward of chosen minus rejected",
+    "accuracy/policy": "share of held-out prompts answered right, greedy decoding",
+    "logits_max_abs_diff": "largest difference between the logits of base + adapter and of the merged checkpoint",
+    "greedy_match_ratio": "share of probes on which vLLM and the trained policy write the same tokens",
+}

@@ -1,0 +1,175 @@
+"""MLflow: one parent run per pipeline run, one child per stage that really ran, opened and closed by the Prefect side.
+
+The job writes its metrics to a file; this side replays them in batches. So no training step ever waits for the tracker,
+only one process writes, and a killed job cannot leave a run that says FINISHED or RUNNING. The only import of mlflow.
+"""
+
+import fcntl
+import logging
+import math
+import os
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from tasks.environment import home
+from tasks.errors import PipelineError, RunCancelled
+
+log = logging.getLogger("posttrain")
+BATCH = 1000  # MLflow's own limit per call
+LOCAL_UI = "http://127.0.0.1:5000"
+FINISHED, FAILED, KILLED = "FINISHED", "FAILED", "KILLED"
+
+
+def tracking_uri() -> str:
+    """Return the user's MLFLOW_TRACKING_URI, else SQLite under the home folder."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home() / '.mlflow' / 'mlflow.db'}"
+
+
+def artifact_root() -> Path:
+    return home() / ".mlflow" / "artifacts"
+
+
+def run_url(run_id: str) -> str:
+    """Return a run's page: on the tracking server, else where `posttrain ui` serves the local database by default."""
+    uri = tracking_uri()
+    server = uri if uri.startswith("http") else LOCAL_UI
+    return f"{server}/#/experiments/{_client().get_run(run_id).info.experiment_id}/runs/{run_id}"
+
+
+@cache
+def _client():
+    from mlflow import MlflowClient
+
+    uri = tracking_uri()
+    if not uri.startswith("sqlite:///"):
+        return MlflowClient(uri)
+    folder = Path(uri.removeprefix("sqlite:///")).parent
+    folder.mkdir(parents=True, exist_ok=True)
+    # Two processes that create the same fresh database at once corrupt it for good (mlflow/mlflow#19299).
+    with (folder / ".create.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        logging.getLogger("alembic").setLevel(logging.WARNING)
+        client = MlflowClient(uri)
+        client.search_experiments(max_results=1)
+    return client
+
+
+def prepare_database() -> None:
+    """Create the local database if there is none yet."""
+    _client()
+
+
+def _experiment(name: str) -> str:
+    client = _client()
+    found = client.get_experiment_by_name(name)
+    if found is not None:
+        return found.experiment_id
+    local = tracking_uri().startswith("sqlite:///")
+    return client.create_experiment(name, artifact_location=(artifact_root() / name).as_uri() if local else None)
+
+
+def open_run(experiment: str, name: str, tags: dict[str, str], parent: str | None = None) -> str:
+    """Open a run, as a child of `parent` if given, and return its id."""
+    nested = {"mlflow.parentRunId": parent} if parent else {}
+    own = {"mlflow.user": "posttrain", "mlflow.source.name": "posttrain"}
+    run = _client().create_run(_experiment(experiment), run_name=name, tags={**own, **tags, **nested})
+    return run.info.run_id
+
+
+@contextmanager
+def stage_run(experiment: str, name: str, tags: dict[str, str], parent: str) -> Iterator[str]:
+    """Open a stage's run, and close it with what really happened."""
+    run_id = open_run(experiment, name, tags, parent)
+    with closing(run_id):
+        yield run_id
+
+
+@contextmanager
+def closing(run_id: str) -> Iterator[None]:
+    """Close a run with what really happened in the block: FINISHED, FAILED, or KILLED when cancelled."""
+    try:
+        yield
+    except BaseException as error:
+        status, tags = verdict(error)
+        for key, value in tags.items():
+            _client().set_tag(run_id, key, value)
+        _client().set_terminated(run_id, status)
+        raise
+    _client().set_terminated(run_id, FINISHED)
+
+
+def verdict(error: BaseException) -> tuple[str, dict[str, str]]:
+    """Return the MLflow status and tags that an error means."""
+    name = type(error).__name__
+    tags = {"error": name, "error.message": clean(error)[:5000]}
+    if isinstance(error, RunCancelled | KeyboardInterrupt):
+        return KILLED, tags
+    if name == "GateFailed":
+        return FINISHED, tags | {"gate": "failed"}
+    if name == "DriftHalted":
+        return FAILED, tags | {"drift.halted": "true"}
+    return FAILED, tags if isinstance(error, PipelineError) else tags | {"bug": "true"}
+
+
+def log_points(run_id: str, lines: Iterable[dict[str, Any]]) -> None:
+    """Log metric lines `{"step", "time", "metrics"}` under their own names, in as few calls as MLflow takes."""
+    from mlflow.entities import Metric
+
+    points = [
+        Metric(key, float(value), int(line["time"] * 1000), line["step"])
+        for line in lines
+        for key, value in line["metrics"].items()
+        if isinstance(value, int | float) and not math.isinf(value)
+    ]
+    for start in range(0, len(points), BATCH):
+        _client().log_batch(run_id, metrics=points[start : start + BATCH])
+
+
+def log_scalars(run_id: str, metrics: dict[str, float]) -> None:
+    log_points(run_id, [{"step": 0, "time": time.time(), "metrics": metrics}])
+
+
+def log_params(run_id: str, params: dict[str, Any]) -> None:
+    """Log settings once, each cut to MLflow's 6,000 characters."""
+    from mlflow.entities import Param
+
+    entities = [Param(key, clean(value)[:6000]) for key, value in params.items()]
+    for start in range(0, len(entities), 100):
+        _client().log_batch(run_id, params=entities[start : start + 100])
+
+
+def set_tags(run_id: str, tags: dict[str, Any]) -> None:
+    for key, value in tags.items():
+        _client().set_tag(run_id, key, clean(value)[:8000])
+
+
+def log_dict(run_id: str, content: Any, name: str) -> None:
+    _client().log_dict(run_id, content, name)
+
+
+def log_file(run_id: str, path: Path) -> None:
+    _client().log_artifact(run_id, str(path))
+
+
+def log_dataset(run_id: str, name: str, path: str, digest: str, kind: str) -> None:
+    """Link a dataset to a run under our own digest: MLflow's is the same for any conversational data."""
+    from mlflow.data.filesystem_dataset_source import FileSystemDatasetSource  # noqa: F401  (registers the resolver)
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    source = '{"uri": "file://' + path + '"}'
+    entity = Dataset(name=name, digest=digest[:36], source_type="local", source=source)
+    _client().log_inputs(run_id, [DatasetInput(entity, [InputTag("mlflow.data.context", kind)])])
+
+
+def history(run_id: str, key: str) -> list[tuple[int, float]]:
+    """Return a metric's (step, value) pairs in order."""
+    return sorted((m.step, m.value) for m in _client().get_metric_history(run_id, key))
+
+
+def clean(value: Any) -> str:
+    """Return text that every MLflow backend takes: no NUL, no lone surrogates."""
+    return str(value).replace("\x00", "\\0").encode("utf-8", "replace").decode()

@@ -1,0 +1,106 @@
+"""One run of the pipeline: where its files are, and what each of its stages came to."""
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from profiles.schema import Profile
+from tasks.artifacts import Artifact, Store, disk_errors
+from tasks.environment import home
+from tasks.monitoring import mlflow_runs
+
+
+@dataclass
+class StageRecord:
+    """One row of the summary: what became of a stage in this run."""
+
+    stage: str
+    status: Literal["ran", "cached", "failed", "skipped"]
+    fingerprint: str | None = None
+    seconds: float = 0.0
+    artifact: str | None = None
+    mlflow_run_id: str | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class PipelineRun:
+    """A run's identity, its folder `<home>/<profile>/<run-id>`, and its parent run in MLflow."""
+
+    profile: Profile
+    run_id: str
+    folder: Path
+    mlflow_run_id: str
+
+    @property
+    def store(self) -> Store:
+        return store()
+
+    def work(self, stage: str) -> Path:
+        """Return the folder of a stage's log, metrics and checkpoints, made empty by its first caller."""
+        folder = self.folder / stage
+        with disk_errors(self.folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def record(self, record: StageRecord) -> None:
+        """Keep what became of a stage on disk, so that any process of the run can add to the summary."""
+        done = self.folder / "stages"
+        with disk_errors(self.folder):
+            done.mkdir(exist_ok=True)
+            write_json(done / f"{time.time_ns()}-{record.stage}.json", asdict(record))
+
+    def records(self) -> list[StageRecord]:
+        """Return the stages so far, in the order in which they ended."""
+        return [StageRecord(**json.loads(path.read_text())) for path in sorted((self.folder / "stages").glob("*.json"))]
+
+
+def store() -> Store:
+    """Return the store of all runs."""
+    return Store(home() / ".store")
+
+
+def open_pipeline_run(profile: Profile) -> PipelineRun:
+    """Make the run's folder, named by the time so that folders sort, and its parent run in MLflow."""
+    run_id = f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{os.urandom(2).hex()}"
+    folder = home() / profile.name / run_id
+    with disk_errors(folder):
+        folder.mkdir(parents=True)
+        write_json(folder / "profile.json", profile.model_dump(mode="json"))
+    tags = {"run_id": run_id, "profile": profile.name}
+    return PipelineRun(profile, run_id, folder, mlflow_runs.open_run(profile.name, run_id, tags))
+
+
+@contextmanager
+def recorded(run: PipelineRun, stage: str, key: str) -> Iterator[StageRecord]:
+    """Record a stage as what really became of it: the record of a block that raises says failed, and why."""
+    record = StageRecord(stage, "ran", key)
+    start = time.monotonic()
+    try:
+        yield record
+    except BaseException as error:
+        record.status, record.reason = "failed", f"{type(error).__name__}: {error}"
+        raise
+    finally:
+        record.seconds = round(time.monotonic() - start, 2)
+        run.record(record)
+
+
+def cached_record(stage: str, artifact: Artifact) -> StageRecord:
+    return StageRecord(
+        stage, "cached", artifact.fingerprint, 0.0, artifact.path, artifact.mlflow_run_id, artifact.metrics
+    )
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file so that no reader ever sees half of it."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_text(json.dumps(content, indent=1, sort_keys=False) + "\n", encoding="utf-8")
+    os.replace(beside, path)

@@ -1,0 +1,11 @@
+"""The part of a stage's config that every job which loads the base model shares."""
+
+from typing import Any
+
+from profiles.schema import Recipe
+from tasks.artifacts import Artifact
+
+
+def with_model(recipe: Recipe, base: Artifact, **own: Any) -> dict[str, Any]:
+    """Return a stage's own settings with the dtype, and the revision of a base model from the hub."""
+    return own | {"dtype": recipe.base_model.dtype, "revision": base.details.get("revision")}

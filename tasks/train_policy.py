@@ -1,0 +1,34 @@
+"""Train the policy from the SFT adapter with the profile's method (GRPO, DPO)."""
+
+from prefect import State, task
+from prefect.cache_policies import NO_CACHE
+
+from profiles.schema import Profile
+from tasks.artifacts import Artifact
+from tasks.build import Stage, build
+from tasks.pipeline_run import PipelineRun
+from tasks.stage_config import with_model
+
+
+@task(task_run_name="{run.profile.recipe.policy.method}", tags=["stage:policy"], cache_policy=NO_CACHE, persist_result=False)
+def train_policy(
+    run: PipelineRun, base: Artifact, sft: Artifact | None, rows: Artifact, reward_model: Artifact | None
+) -> Artifact | State:
+    """Return the adapter that the method leaves, with `sft` as its start and its frozen reference.
+
+    Raises JobFailed with the log's path, or DriftHalted if a corridor of `profile.drift` was left.
+    """
+    return build(run, policy_stage(run.profile, base, sft, rows, reward_model), run.profile.placement.of("policy"))
+
+
+def policy_stage(
+    profile: Profile, base: Artifact, sft: Artifact | None, rows: Artifact, reward_model: Artifact | None
+) -> Stage:
+    recipe = profile.recipe
+    policy = recipe.policy
+    given = {"base_model": base, "sft": sft, "rows": rows, "reward_model": reward_model}
+    inputs = {name: artifact for name, artifact in given.items() if artifact is not None}
+    config = with_model(recipe, base, **policy.model_dump(exclude={"method"}))
+    return Stage(
+        policy.method, f"tasks.jobs.{policy.method}", config, inputs, recipe.seed, judged_by=profile.drift.model_dump()
+    )

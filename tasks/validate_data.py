@@ -1,0 +1,121 @@
+"""Hold a dataset to its contract: strict rows, flat facts, Great Expectations over them; then pin it in the store."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from prefect import State, task
+from prefect.artifacts import create_markdown_artifact
+from prefect.cache_policies import NO_CACHE
+
+from profiles.schema import Dataset
+from tasks.artifacts import Artifact, disk_errors
+from tasks.build import cached
+from tasks.environment import home
+from tasks.errors import ContractBroken, ProfileError
+from tasks.fingerprints import PROJECT, code_digest, file_digest, fingerprint, tree_digest
+from tasks.monitoring import mlflow_runs
+from tasks.pipeline_run import PipelineRun, recorded
+from tasks.prepare_data import locate
+
+log = logging.getLogger("posttrain")
+
+
+@task(task_run_name="validate-{name}", tags=["stage:validate"], cache_policy=NO_CACHE, persist_result=False)
+def validate_data(run: PipelineRun, name: str, made: Artifact | None, held_out: Artifact | None) -> Artifact | State:
+    """Return the dataset `recipe.datasets.<name>` as canonical Parquet with its contract's verdict beside it.
+
+    `held_out` is the validated eval set, whose prompts no training row may repeat. Raises ContractBroken with the rows,
+    the rules and the harm; ProfileError if there is nothing to read.
+    """
+    dataset: Dataset = getattr(run.profile.recipe.datasets, name)
+    source = locate_dataset(f"recipe.datasets.{name}", dataset, made)
+    identity = identify(dataset, source, held_out)
+    key, stage = fingerprint(identity), f"validate-{name}"
+    if (hit := run.store.find("dataset", key)) is not None:
+        return cached(run, stage, hit)
+    tags = {"stage": stage, "fingerprint": key, "run_id": run.run_id}
+    with (
+        recorded(run, stage, key) as record,
+        run.store.staging("dataset", key) as staged,
+        mlflow_runs.stage_run(run.profile.name, stage, tags, run.mlflow_run_id) as mlflow_run_id,
+    ):
+        record.mlflow_run_id = mlflow_run_id
+        verdict = hold_to_contract(dataset, source, held_out, staged)
+        _show(verdict, stage, mlflow_run_id)
+        if not verdict.passed:
+            raise ContractBroken(f"recipe.datasets.{name} ({source}) violates its contract:\n{verdict.to_markdown()}")
+        artifact = Artifact("dataset", str(staged), key, "", {"num_rows": float(verdict.n_rows)}, {}, mlflow_run_id)
+        artifact = run.store.commit(staged, artifact, identity)
+        record.artifact, record.metrics = artifact.path, artifact.metrics
+        mlflow_runs.log_dataset(mlflow_run_id, name, artifact.path, artifact.digest, dataset.kind)
+    log.info("%s: %d %s rows hold their contract", stage, verdict.n_rows, dataset.kind)
+    return artifact
+
+
+def hold_to_contract(dataset: Dataset, source: Path, held_out: Artifact | None, output: Path) -> Any:
+    """Write rows.parquet and contract.json into `output` and return the verdict; raises ContractBroken for bad rows."""
+    import pyarrow.parquet
+
+    from data_contracts.contract import ContractInvalid, contract_for, judge_by
+    from data_contracts.facts import facts, prompt_hashes
+    from data_contracts.rows import RowsRefused, read_rows
+
+    try:
+        contract = contract_for(dataset.kind).with_limits(dataset.contract)
+    except ContractInvalid as error:
+        raise ProfileError(f"contract of {source}: {error}") from None
+    try:
+        table = read_rows(source, dataset.kind, layout=dataset.layout, start=dataset.start, stop=dataset.stop)
+        hidden = None if held_out is None else prompt_hashes(pyarrow.parquet.read_table(held_out / "rows.parquet"), _kind(held_out))
+        verdict = judge_by(facts(table, dataset.kind, hidden), contract)
+    except RowsRefused as error:
+        raise ContractBroken(str(error)) from None
+    with disk_errors(output):
+        pyarrow.parquet.write_table(table, output / "rows.parquet", compression="zstd")
+        (output / "contract.json").write_text(json.dumps(verdict.to_dict(), indent=1))
+    return verdict
+
+
+def locate_dataset(setting: str, dataset: Dataset, made: Artifact | None) -> Path:
+    """Return the local file or folder of a dataset; one on the hub is fetched at its pinned revision."""
+    if dataset.hub:
+        return _fetch(dataset)
+    path = locate(setting, dataset, made)
+    if not path.exists():
+        raise ProfileError(f"{setting}.path is {dataset.path!r}: there is no such file (looked from {Path.cwd()}).")
+    return path
+
+
+def identify(dataset: Dataset, source: Path, held_out: Artifact | None) -> dict[str, Any]:
+    """Return what makes two validated datasets the same: the rows' bytes, how they are read, and what judges them."""
+    reading = dataset.model_dump(include={"kind", "layout", "start", "stop", "contract"})
+    return {
+        "stage": "dataset",
+        "recipe": reading,
+        "inputs": {"source": tree_digest(source), "held_out": held_out.digest if held_out else None},
+        "code": code_digest("data_contracts.contract") + code_digest("data_contracts.rows"),
+        "contract": file_digest(PROJECT / "data_contracts" / f"{dataset.kind}.yaml"),
+    }
+
+
+def _fetch(dataset: Dataset) -> Path:
+    """Return a folder with exactly one split's files of a hub dataset."""
+    from huggingface_hub import snapshot_download
+
+    folder = home() / ".hub" / dataset.hub.replace("/", "--") / dataset.revision / dataset.split
+    patterns = [f"*{dataset.split}*.{ending}" for ending in ("parquet", "jsonl", "json")]
+    snapshot_download(dataset.hub, repo_type="dataset", revision=dataset.revision, allow_patterns=patterns, local_dir=folder)
+    return folder
+
+
+def _kind(held_out: Artifact) -> str:
+    return json.loads((held_out / "contract.json").read_text())["kind"]
+
+
+def _show(verdict: Any, stage: str, mlflow_run_id: str) -> None:
+    """Put the verdict where a person looks: the run's page in Prefect, and MLflow."""
+    create_markdown_artifact(key=f"contract-{stage}", markdown=verdict.to_markdown(), description=f"contract of {stage}")
+    mlflow_runs.log_dict(mlflow_run_id, verdict.to_dict(), "contract.json")
+    mlflow_runs.log_scalars(mlflow_run_id, {"data/num_rows": float(verdict.n_rows)})
