@@ -2,6 +2,7 @@
 
 import difflib
 import logging
+import re
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,15 @@ from profiles.contradictions import contradictions
 from profiles.schema import Profile
 
 log = logging.getLogger("posttrain")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's numbers: PyYAML reads 1e-4 as text, which TRL would only trip over when the optimizer steps."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
+)
 FREE_KEYS = ("args", "config", "contract")  # their keys are another library's, checked against it later
 
 
@@ -54,7 +64,7 @@ def accelerate_file(name: str) -> Path:
 def _read(name: str) -> dict[str, Any]:
     path = _locate(name)
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise InvalidProfile(f"profile {path} cannot be read: {error}") from None
     if not isinstance(raw, dict):
@@ -98,7 +108,7 @@ def _override(raw: dict[str, Any], override: str) -> dict[str, Any]:
     if not equals:
         raise InvalidProfile(f"--set {override!r} has no '='. Write --set key.path=value.")
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, _Loader)
     except yaml.YAMLError:
         value = text
     path = key.split(".")

@@ -68,10 +68,13 @@ def hold_to_contract(dataset: Dataset, source: Path, held_out: Artifact | None, 
         raise ProfileError(f"contract of {source}: {error}") from None
     try:
         table = read_rows(source, dataset.kind, layout=dataset.layout, start=dataset.start, stop=dataset.stop)
-        hidden = None if held_out is None else prompt_hashes(pyarrow.parquet.read_table(held_out / "rows.parquet"), _kind(held_out))
+        rows = None if held_out is None else pyarrow.parquet.read_table(held_out / "rows.parquet")
+        hidden = None if rows is None else prompt_hashes(rows, _kind(held_out))
         verdict = judge_by(facts(table, dataset.kind, hidden), contract)
     except RowsRefused as error:
         raise ContractBroken(str(error)) from None
+    except ValueError as error:
+        raise ProfileError(f"{source} cannot be read as asked: {error}") from None
     with disk_errors(output):
         pyarrow.parquet.write_table(table, output / "rows.parquet", compression="zstd")
         (output / "contract.json").write_text(json.dumps(verdict.to_dict(), indent=1))

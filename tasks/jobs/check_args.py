@@ -12,6 +12,9 @@ import sys
 from tasks.jobs import without_vllm  # noqa: F401
 
 
+NUMBERS = ("<class 'int'>", "<class 'float'>", "<class 'bool'>", "int | None", "float | None", "bool | None")
+
+
 def main() -> None:
     asked = json.load(sys.stdin)
     problems = [p for where, (name, args) in asked["args"].items() for p in check_args(where, name, args)]
@@ -28,6 +31,10 @@ def check_args(where: str, class_name: str, args: dict) -> list[str]:
     unknown = [name for name in args if name not in known]
     if unknown:
         return [f"{where}.args.{name} is no argument of TRL's {class_name}.{_nearest(name, known)}" for name in unknown]
+    types = {field.name: str(field.type) for field in dataclasses.fields(config_class)}
+    texts = [name for name, value in args.items() if isinstance(value, str) and types[name] in ("int", "float", "bool", *NUMBERS)]
+    if texts:
+        return [f"{where}.args.{name} is the text {args[name]!r}; TRL's {class_name} wants {types[name]}" for name in texts]
     try:
         config_class(**{"use_cpu": True, "bf16": False, "report_to": "none", "output_dir": "unused"} | args)
     except (TypeError, ValueError) as error:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
 from tasks.job_spec import JobResult, JobSpec
 from tasks.jobs import rewards, vllm_cpu
@@ -32,12 +32,13 @@ def main(spec: JobSpec) -> JobResult:
 
     tokenizer = load_tokenizer(spec)
     model, lora = load_trainable(spec)
-    functions, weights = reward_functions(spec)
-    ours: dict[str, Any] = {"reward_weights": weights, "use_vllm": rollouts == "vllm"}
+    wanted = spec.config["reward_functions"]
+    ours: dict[str, Any] = {"reward_weights": [r["weight"] for r in wanted], "use_vllm": rollouts == "vllm"}
     trainer = GRPOTrainer(
         model=model,
         args=trl_args(GRPOConfig, spec, **ours),
-        reward_funcs=functions,
+        reward_funcs=[load_reward_model(spec) if r["name"] == "reward_model" else find_reward(r["name"]) for r in wanted],
+        reward_processing_classes=[tokenizer if r["name"] == "reward_model" else None for r in wanted],
         train_dataset=rows(spec, "rows"),
         processing_class=tokenizer,
         peft_config=lora,
@@ -64,16 +65,15 @@ def choose_rollouts(spec: JobSpec) -> tuple[str, str | None]:
     return "transformers", why
 
 
-def reward_functions(spec: JobSpec) -> tuple[list[Callable | str], list[float]]:
-    """Return TRL's reward_funcs and their weights, in the profile's order."""
-    wanted = spec.config["reward_functions"]
-    return [find_reward(r["name"], spec.inputs.get("reward_model")) for r in wanted], [r["weight"] for r in wanted]
+def load_reward_model(spec: JobSpec) -> PreTrainedModel:
+    """Return the trained reward model under the name that its metrics get: rewards/reward_model/mean, …"""
+    model = AutoModelForSequenceClassification.from_pretrained(spec.inputs["reward_model"], num_labels=1)
+    model.config._name_or_path = "reward_model"
+    return model
 
 
-def find_reward(name: str, reward_model: str | None = None) -> Callable | str:
-    """Return the reward named `name`: the trained model's folder, TRL's own (`trl.<name>`), or one of rewards.py."""
-    if name == "reward_model":
-        return reward_model
+def find_reward(name: str) -> Callable:
+    """Return the reward function named `name`: TRL's own (`trl.<name>`), or one of rewards.py."""
     if name.startswith("trl."):
         import trl.rewards
 

@@ -16,12 +16,17 @@ from tasks.jobs.job import done, run
 
 SPECIAL = ["<|pad|>", "<|unk|>", "<|im_start|>", "<|im_end|>"]
 DIGITS = list("0123456789")
-RELATED = {"Copy:": lambda digits: digits, "Descending:": lambda digits: sorted(digits)[::-1], "Smallest:": lambda digits: [min(digits)]}
+RELATED = {
+    "Copy:": lambda digits: digits,
+    "Descending:": lambda digits: sorted(digits)[::-1],
+    "Smallest:": lambda digits: [min(digits)],
+}
 VOCABULARY = [*SPECIAL, " ", "\n", "system", "user", "assistant", "Sort:", *RELATED, *DIGITS]
 # ChatML with the newline before each turn but the first, so that an answer ends exactly at <|im_end|>, the EOS token.
+# A newline right after a {% block %} must stand inside {{ }}: Jinja as transformers sets it up drops a bare one.
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '' if loop.first else '\n' }}<|im_start|>{{ message.role }}\n"
-    "{{ message.content }}<|im_end|>{% endfor %}{% if add_generation_prompt %}\n<|im_start|>assistant\n{% endif %}"
+    "{{ message.content }}<|im_end|>{% endfor %}{% if add_generation_prompt %}{{ '\n<|im_start|>assistant\n' }}{% endif %}"
 )
 DEFAULTS = {
     "num_sft": 2048,
@@ -56,7 +61,7 @@ def make(output: Path, seed: int, config: dict[str, Any]) -> dict[str, float]:
 
 
 def draw_lists(rng: random.Random, settings: dict[str, Any], held_out: set[str]) -> Iterator[list[str]]:
-    """Yield distinct unsorted digit lists for ever, none with an answer in `held_out`, so no list is a held-out one reordered."""
+    """Yield distinct unsorted digit lists for ever, none of them a reordering of a list whose answer is in `held_out`."""
     seen = set()
     while True:
         digits = rng.choices(DIGITS, k=rng.randint(settings["digits_min"], settings["digits_max"]))

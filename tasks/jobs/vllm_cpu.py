@@ -1,7 +1,7 @@
 """Makes TRL's colocated vLLM work on the CPU build of vLLM, whose weight sync would otherwise silently do nothing.
 
 vLLM's CPU linear layers pack their weights for oneDNN once and ignore later `load_weights` calls. Keeping plain weights
-makes the sync real; the trainer's `sampling/sampling_logp_difference/mean` shows it (about 1e-7 with the sync, growing without).
+makes the sync real; the trainer's `sampling/sampling_logp_difference/mean` shows it (1e-6 with it, growing without).
 """
 
 import functools

@@ -52,7 +52,8 @@ def _client():
     # Two processes that create the same fresh database at once corrupt it for good (mlflow/mlflow#19299).
     with (folder / ".create.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        logging.getLogger("alembic").setLevel(logging.WARNING)
+        for chatty in ("alembic", "mlflow.store.db.utils"):
+            logging.getLogger(chatty).setLevel(logging.WARNING)
         client = MlflowClient(uri)
         client.search_experiments(max_results=1)
     return client

@@ -158,7 +158,7 @@ def test_verdict_is_json_and_a_table_that_names_the_lines(clean_rows, verdict_of
 
 
 def test_verdicts_of_several_kinds_at_once_are_each_their_own(write_rows, clean_rows):
-    """Great Expectations keeps one context per process, and Prefect runs tasks in threads."""
+    """Prefect runs submitted tasks in threads, and Great Expectations has one current context per process."""
     tables = {kind: facts(read_rows(write_rows(clean_rows(kind, "standard", 9)), kind), kind) for kind in KINDS}
     with ThreadPoolExecutor(4) as threads:
         verdicts = list(threads.map(lambda kind: judge(tables[kind], kind), tables))
