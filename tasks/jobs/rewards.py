@@ -3,7 +3,6 @@
 A function's name here is its name in `recipe.policy.reward_functions` and `recipe.evaluate.scorer`. 1.0 means right.
 """
 
-import difflib
 import re
 from typing import Any
 
@@ -26,9 +25,15 @@ def number_answer(completions: list[Completion], answer: list[str], **_: Any) ->
 
 
 def near_answer(completions: list[Completion], answer: list[str], **_: Any) -> list[float]:
-    """Partial credit in [0, 1]: how much of the answer's words the completion has in order (difflib's ratio)."""
-    pairs = zip(completions, answer, strict=True)
-    return [difflib.SequenceMatcher(None, text_of(c).split(), a.split(), autojunk=False).ratio() for c, a in pairs]
+    """1.0 if the completion is the answer, else up to 0.5 for the share of characters that stand in the right place."""
+    return [_nearness(text_of(c).strip(), a.strip()) for c, a in zip(completions, answer, strict=True)]
+
+
+def _nearness(text: str, answer: str) -> float:
+    if text == answer:
+        return 1.0
+    in_place = sum(got == want for got, want in zip(text, answer, strict=False))
+    return 0.5 * in_place / max(len(text), len(answer), 1)
 
 
 def _last_number(text: str) -> float | None:
