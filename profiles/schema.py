@@ -182,6 +182,7 @@ class StagePlacement(Strict):
     accelerate: str = Field("cpu", description="a file of profiles/accelerate/, without .yaml")
     python: str | None = Field(None, description="the job environment's interpreter; default: the one `make` built")
     timeout_seconds: int = Field(6 * 3600, gt=0)
+    env: dict[str, str] = Field(default_factory=dict, description="environment of the job: NCCL, OMP_NUM_THREADS, …")
 
 
 STAGES = ("prepare", "sft", "reward_model", "policy", "evaluate", "merge", "export")

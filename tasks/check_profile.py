@@ -33,14 +33,15 @@ def check_profile(profile: Profile) -> None:
 
     It takes an import of TRL, so the answer is kept by what was asked, the code and the library versions.
     """
-    python = job_python(profile.placement.default)
+    placement = profile.placement.default
+    python = job_python(placement)
     asked = question(profile.recipe)
     key = fingerprint({"asked": asked, "libraries": library_versions(python), "code": code_digest("tasks.jobs.check_args")})
     kept = home() / ".checks" / f"{key}.json"
     if not kept.is_file():
         with disk_errors(kept):
             kept.parent.mkdir(parents=True, exist_ok=True)
-            write_json(kept, _ask(str(python), asked))
+            write_json(kept, _ask(str(python), job_environment(placement), asked))
     if problems := json.loads(kept.read_text()):
         raise ProfileError(f"profile {profile.name}: " + "\n".join(problems))
 
@@ -54,10 +55,10 @@ def question(recipe: Recipe) -> dict[str, Any]:
     return {"args": args, "rewards": [*rewards, recipe.evaluate.scorer]}
 
 
-def _ask(python: str, asked: dict[str, Any]) -> list[str]:
+def _ask(python: str, env: dict[str, str], asked: dict[str, Any]) -> list[str]:
     done = subprocess.run(
         [python, "-m", "tasks.jobs.check_args"],
-        input=json.dumps(asked), capture_output=True, text=True, timeout=TIMEOUT_SECONDS, env=job_environment(),
+        input=json.dumps(asked), capture_output=True, text=True, timeout=TIMEOUT_SECONDS, env=env,
     )  # fmt: skip
     if done.returncode != 0:
         raise MachineUnfit(f"the job environment {python} does not work: {done.stderr.strip()[-2000:]}\nRun `posttrain doctor`.")

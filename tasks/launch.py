@@ -52,7 +52,7 @@ def launch(spec: JobSpec, placement: StagePlacement, on_metrics: Callable[[Metri
         )
     (spec.work / "job.json").write_text(spec.model_dump_json(indent=1))
     log_file = spec.work / "log.txt"
-    with _child(_command(spec, placement), log_file) as (process, pump):
+    with _child(_command(spec, placement), job_environment(placement), log_file) as (process, pump):
         code = _follow(process, pump, spec, placement.timeout_seconds, on_metrics)
     return _outcome(spec, code, log_file)
 
@@ -64,21 +64,21 @@ def _command(spec: JobSpec, placement: StagePlacement) -> list[str]:
     return [sys.executable, "-S", "-E", guard.__file__, str(GRACE_SECONDS), "--", *accelerate, *job]
 
 
-def job_environment() -> dict[str, str]:
+def job_environment(placement: StagePlacement) -> dict[str, str]:
     """Return the job's environment: ours, without what would make it load this environment's packages.
 
     From a checkout the job imports `tasks` from there; an installed project is installed in the job environment too.
     """
     kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONHOME", "PYTHONPATH", "VIRTUAL_ENV")}
     checkout = {"PYTHONPATH": str(PROJECT)} if (PROJECT / "pyproject.toml").is_file() else {}
-    return kept | checkout | {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
+    return kept | checkout | {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"} | placement.env
 
 
 @contextmanager
-def _child(command: list[str], log_file: Path) -> Iterator[tuple[subprocess.Popen, "_Pump"]]:
+def _child(command: list[str], env: dict[str, str], log_file: Path) -> Iterator[tuple[subprocess.Popen, "_Pump"]]:
     """Start the command under the guard in a session of its own; on any way out, nothing of it stays alive."""
     process = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=job_environment(),
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=env,
         start_new_session=True,
     )  # fmt: skip
     pump = _Pump(process.stdout, log_file)
