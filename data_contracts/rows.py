@@ -5,6 +5,7 @@ JSON quotes to the text of 48,000 of 200,000 good rows and more, without a word.
 """
 
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -45,9 +46,18 @@ def _line_numbers(lines: list[int]) -> str:
     return f"line {named}" + (f" and {len(lines) - 5:,} more" if len(lines) > 5 else "")
 
 
-def read_rows(source: Path, kind: str, *, layout: str = "trl", start: int = 0, stop: int | None = None) -> pa.Table:
+def read_rows(
+    source: Path,
+    kind: str,
+    *,
+    layout: str = "trl",
+    columns: Mapping[str, str] | None = None,
+    start: int = 0,
+    stop: int | None = None,
+) -> pa.Table:
     """Return rows `start` up to `stop` as a table of TRL's columns plus `row`, the row's 0-based number in the source.
 
+    `columns` maps the kind's column names to the source's; the source's other columns are then left, because it says so.
     Nothing is coerced, dropped or filled in. Raises RowsRefused with the line and the reason of each row that is not
     exactly of its kind; ValueError for a kind, layout or range that does not exist.
     """
@@ -55,7 +65,7 @@ def read_rows(source: Path, kind: str, *, layout: str = "trl", start: int = 0, s
     check_layout(layout, asked)
     if start < 0 or (stop is not None and stop <= start):
         raise ValueError(f"rows {start}:{stop} are none. Give 0 <= start < stop")
-    reading = _Reading(asked, layout)
+    reading = _Reading(asked, layout, dict(columns or {}))
     try:
         for raw in raw_rows(Path(source), start, stop):
             reading.take(raw.number, raw.value, raw.problem, raw.where)
@@ -80,6 +90,7 @@ class _Reading:
 
     kind: Kind
     layout: str
+    columns: dict[str, str] = field(default_factory=dict)
     form: Form | None = None
     extras: dict[str, type] = field(default_factory=dict)
     settled_by: int = 0  # 1-based line of the first good row
@@ -107,6 +118,8 @@ class _Reading:
     def _checked(self, value: object, line: int) -> dict:
         if not isinstance(value, dict):
             raise ValueError(f"a row must be an object with columns, not {shown(value)}")
+        if self.columns:
+            value = _taken(value, self.columns)
         refuse_other_columns(set(value), self.kind, self.layout)
         row = to_trl(value, self.layout, self.kind)
         form = "conversational" if isinstance(row.get(self.kind.conversational[0]), list) else "standard"
@@ -150,6 +163,13 @@ class _Reading:
         if self.pending:
             self._flush()
         return pa.Table.from_batches(self.batches, schema=self._schema())
+
+
+def _taken(row: dict, columns: dict[str, str]) -> dict:
+    """Return the row with only the columns that `columns` names, under the kind's names for them."""
+    if missing := sorted(set(columns.values()) - set(row)):
+        raise ValueError(f"columns names {missing[0]!r}, which is not there; the row has {', '.join(sorted(row))}")
+    return {ours: row[theirs] for ours, theirs in columns.items()}
 
 
 def _extras(row: dict, own: tuple[str, ...]) -> dict[str, type]:

@@ -36,8 +36,10 @@ def run(expectations: list[dict], facts: pd.DataFrame, name: str) -> tuple[list[
     """Return one result per expectation, in their order, and GX's own result ready for JSON."""
     if not expectations:
         raise ContractInvalid(f"contract {name} has no expectations, and an empty suite passes everything")
-    with _GX_CONTEXT, _quiet():
-        raw = _validate(expectations, facts, name)
+    import great_expectations as gx  # here and not above: 5 s and 260 MB that only a judgement pays
+
+    with _GX_CONTEXT, _quiet():  # after the import, which sets the level of GX's logger itself
+        raw = _validate(gx, expectations, facts, name)
     by_rule = {result.expectation_config.meta["rule"]: result for result in raw.results}
     asked = [expectation["meta"]["rule"] for expectation in expectations]
     if len(raw.results) != len(asked) or set(by_rule) != set(asked):
@@ -47,10 +49,8 @@ def run(expectations: list[dict], facts: pd.DataFrame, name: str) -> tuple[list[
     return results, _plain_json(raw.to_json_dict())
 
 
-def _validate(expectations: list[dict], facts: pd.DataFrame, name: str):
+def _validate(gx, expectations: list[dict], facts: pd.DataFrame, name: str):
     """Return GX's result of all expectations on the facts, in a context that leaves nothing on disk."""
-    import great_expectations as gx  # here and not above: 5 s and 260 MB that only a judgement pays
-
     context = gx.get_context(mode="ephemeral")
     context.variables.progress_bars = {"globally": False}
     for expectation in expectations:

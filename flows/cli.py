@@ -3,17 +3,25 @@
 import json
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from tasks import guard
+from tasks.environment import refuse_full_disk
 from tasks.errors import PipelineError, RunCancelled
+
+GUARDED = "POSTTRAIN_GUARDED"  # set in the process that the guard runs
+GRACE_SECONDS = 25  # a job's own grace is 15 s, then the run still writes what became of it
 
 app = typer.Typer(no_args_is_help=True, add_completion=True, help=__doc__, pretty_exceptions_enable=False)
 ProfileName = Annotated[str, typer.Argument(help="a shipped profile's name, or the path of a YAML file")]
-Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="override one setting; repeatable")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="override one setting; repeatable")
+]
 
 
 @app.command()
@@ -27,6 +35,9 @@ def run(
     from tasks.check_profile import load_profile
 
     load_profile(profile, overrides)  # a wrong setting must not cost the start of a server
+    refuse_full_disk()
+    if GUARDED not in os.environ:
+        sys.exit(_run_guarded())
     with terminal.attached():
         try:
             summary = _run_here(profile, overrides)
@@ -88,8 +99,41 @@ def doctor() -> None:
     sys.exit(terminal.show_checks(checks.checks()))
 
 
+def _run_guarded() -> int:
+    """Run this same command under the guard, in a session of its own, and return its exit code.
+
+    The terminal's Ctrl-C goes to every process of the foreground group, and would end Prefect's embedded server before the
+    run could say that it was cancelled. So it only reaches this process, which asks once, and the second time kills. However
+    this process dies, the guard ends the run, its server and its jobs.
+    """
+    command = [
+        sys.executable,
+        "-S",
+        "-E",
+        guard.__file__,
+        str(GRACE_SECONDS),
+        "--",
+        sys.executable,
+        "-m",
+        "flows.cli",
+        *sys.argv[1:],
+    ]
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, env=os.environ | {GUARDED: "1"}, start_new_session=True)
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        process.terminate()
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        os.killpg(process.pid, signal.SIGKILL)
+        return 130
+
+
 def _run_here(profile: str, overrides: list[str] | None) -> dict[str, Any]:
-    """Run the flow in this process; on SIGTERM it ends like on Ctrl-C, so that nothing of it stays behind."""
+    """Run the flow in this process; on the guard's SIGTERM it ends its job, says so everywhere, and stops."""
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")  # the terminal has its own lines
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     from flows.post_training import post_training
@@ -119,3 +163,9 @@ def main() -> None:
 
         terminal.show_error(error)
         sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(RunCancelled.exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -58,7 +58,9 @@ def versions(name: str, python: Path, lock: str) -> Check:
 
 def lock_lines(lock: str) -> list[str]:
     path = PROJECT / "requirements" / lock
-    return [line for line in path.read_text().splitlines() if "==" in line and not line.startswith("#")] if path.is_file() else []
+    return (
+        [line for line in path.read_text().splitlines() if "==" in line and not line.startswith("#")] if path.is_file() else []
+    )
 
 
 def normal(name: str) -> str:

@@ -26,7 +26,9 @@ def plan(profile: Profile) -> list[dict[str, Any]]:
     recipe, look = profile.recipe, _Lookup(profile)
     made = base = None
     if recipe.prepare:
-        made = look.stage("prepare", prepare_stage, *([find_base_model(profile, None)] if recipe.prepare.base_model else [None]))
+        made = look.stage(
+            "prepare", prepare_stage, *([find_base_model(profile, None)] if recipe.prepare.base_model else [None])
+        )
     if made or not recipe.prepare or not recipe.base_model.prepared:
         base = find_base_model(profile, made)
     held_out = look.dataset("eval", made, None)
@@ -51,7 +53,9 @@ class _Lookup:
     profile: Profile
     rows: list[dict[str, Any]] = field(default_factory=list)
 
-    def stage(self, name: str, make: Any, *inputs: Artifact | None, needed: list[Artifact | None] | None = None) -> Artifact | None:
+    def stage(
+        self, name: str, make: Any, *inputs: Artifact | None, needed: list[Artifact | None] | None = None
+    ) -> Artifact | None:
         asked = [a for a in inputs if name != "prepare"] if needed is None else needed
         if any(a is None for a in asked):
             return self._add(name, None, ["an input of it would be built first"])

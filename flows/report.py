@@ -13,15 +13,16 @@ from tasks.pipeline_run import PipelineRun
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1f2430; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
-table { border-collapse: collapse; margin: 1rem 0 } th, td { text-align: left; padding: .3rem .8rem; border-bottom: 1px solid #dde }
+table { border-collapse: collapse; margin: 1rem 0 }
+th, td { text-align: left; padding: .3rem .8rem; border-bottom: 1px solid #dde }
 th { font-weight: 600 } .ok { color: #186a3b } .bad { color: #b03a2e } code { background: #f3f4f8; padding: 0 .2rem }
 img { max-width: 100% } pre { white-space: pre-wrap; background: #f7f8fb; padding: .6rem } .muted { color: #667 }
 """
 NUM_SAMPLES = 6
 
 
-def html(run: PipelineRun, summary: dict[str, Any]) -> str:
-    """Return the whole report as one page."""
+def html(run: PipelineRun, summary: dict[str, Any], plots: dict[str, str]) -> str:
+    """Return the whole report as one page; `plots` are the stages' curves as base64 PNG."""
     state = "ok" if summary["exit_code"] == 0 else "bad"
     parts = [
         f"<h1>{_text(run.profile.name)} <small class={state}>{summary['status']}</small></h1>",
@@ -30,14 +31,14 @@ def html(run: PipelineRun, summary: dict[str, Any]) -> str:
         _table(("stage", "", "seconds", "key metric", "fingerprint"), [stage_cells(s) for s in summary["stages"]]),
         _estimates_table(summary["metrics"]),
         _gate(summary["gate"]),
-        _curves(summary["stages"]),
+        _curves(plots),
         _samples(summary),
         f"<h2>Export</h2><p><code>vllm serve {_text(summary['export'])}</code></p>" if summary["export"] else "",
     ]
     return f"<!doctype html><meta charset=utf-8><title>{run.profile.name}</title><style>{STYLE}</style>" + "\n".join(parts)
 
 
-def markdown(run: PipelineRun, summary: dict[str, Any]) -> str:
+def markdown(run: PipelineRun, summary: dict[str, Any], plots: dict[str, str]) -> str:
     """Return the report's tables and curves for the run's page in Prefect."""
     head = "| stage | | seconds | key metric | fingerprint |\n|---|---|---|---|---|\n"
     lines = [f"**{run.profile.name}**: {summary['status']} (run {run.run_id})", ""]
@@ -47,8 +48,8 @@ def markdown(run: PipelineRun, summary: dict[str, Any]) -> str:
         lines += [f"**{metric}** " + " → ".join(f"{name} {estimate_text(e)}" for name, e in models.items()), ""]
     if summary["gate"]:
         lines += ["**gate** " + ("passed" if summary["gate"]["passed"] else "failed: " + "; ".join(summary["gate"]["reasons"]))]
-    plots = [f"![{s['stage']}](data:image/png;base64,{p})" for s in summary["stages"] if (p := plot(s))]
-    return "\n".join([*lines, "", *plots])
+    images = [f"![{stage}](data:image/png;base64,{png})" for stage, png in plots.items()]
+    return "\n".join([*lines, "", *images])
 
 
 def stage_cells(record: dict[str, Any]) -> list[str]:
@@ -56,11 +57,22 @@ def stage_cells(record: dict[str, Any]) -> list[str]:
     name = KEY_METRIC.get(record["stage"])
     value = f"{name} {record['metrics'][name]:.3g}" if name in record["metrics"] else record["reason"] or ""
     seconds = f"{record['seconds']:.0f}" if record["status"] == "ran" else ""
-    return [record["stage"], record["status"], seconds, value.splitlines()[0][:80] if value else "", record["fingerprint"] or ""]
+    return [
+        record["stage"],
+        record["status"],
+        seconds,
+        value.splitlines()[0][:80] if value else "",
+        record["fingerprint"] or "",
+    ]
 
 
 def estimate_text(estimate: dict[str, Any]) -> str:
     return f"{estimate['value']:.3f} [{estimate['low']:.3f}, {estimate['high']:.3f}]"
+
+
+def plots_of(stages: list[dict[str, Any]]) -> dict[str, str]:
+    """Return the curves of every stage that logged any, by stage."""
+    return {record["stage"]: png for record in stages if (png := plot(record))}
 
 
 def plot(record: dict[str, Any]) -> str | None:
@@ -96,13 +108,12 @@ def _gate(gate: dict[str, Any] | None) -> str:
     return f"<h2>Gate: {verdict}</h2><ul>" + "".join(f"<li>{_text(reason)}" for reason in gate["reasons"]) + "</ul>"
 
 
-def _curves(stages: list[dict[str, Any]]) -> str:
+def _curves(plots: dict[str, str]) -> str:
     parts = []
-    for record in stages:
-        if image := plot(record):
-            legend = " · ".join(f"<code>{key}</code> {MEANING[key]}" for key in CURVES[record["stage"]])
-            picture = f"<img alt='curves of {record['stage']}' src='data:image/png;base64,{image}'>"
-            parts.append(f"<h3>{record['stage']}</h3>{picture}<p class=muted>{legend}</p>")
+    for stage, png in plots.items():
+        legend = " · ".join(f"<code>{key}</code> {MEANING[key]}" for key in CURVES[stage])
+        picture = f"<img alt='curves of {stage}' src='data:image/png;base64,{png}'>"
+        parts.append(f"<h3>{stage}</h3>{picture}<p class=muted>{legend}</p>")
     return "<h2>Curves</h2>" + "".join(parts) if parts else ""
 
 
@@ -115,7 +126,9 @@ def _samples(summary: dict[str, Any]) -> str:
     rows: dict[int, dict[str, Any]] = {}
     for line in lines:
         if line["row"] < NUM_SAMPLES and "completion" in line:
-            rows.setdefault(line["row"], {"prompt": line["prompt"], "answer": line["answer"]})[line["model"]] = line["completion"]
+            rows.setdefault(line["row"], {"prompt": line["prompt"], "answer": line["answer"]})[line["model"]] = line[
+                "completion"
+            ]
     models = list(dict.fromkeys(line["model"] for line in lines))
     cells = [[_prompt(row["prompt"]), row["answer"], *(row[model] for model in models)] for row in rows.values()]
     return "<h2>What the models answer</h2>" + _table(("prompt", "right answer", *models), cells) if cells else ""

@@ -101,9 +101,10 @@ def publish(run: PipelineRun, summary: dict[str, Any]) -> None:
     write_json(run.folder / "summary.json", summary)
     for record in summary["stages"]:
         mlflow_runs.set_tags(run.mlflow_run_id, {f"stage.{record['stage']}": record["status"]})
-    (run.folder / "report.html").write_text(report.html(run, summary), encoding="utf-8")
+    plots = report.plots_of(summary["stages"])
+    (run.folder / "report.html").write_text(report.html(run, summary, plots), encoding="utf-8")
     mlflow_runs.log_file(run.mlflow_run_id, run.folder / "report.html")
-    create_markdown_artifact(key="summary", markdown=report.markdown(run, summary), description="Stages, metrics, gate")
+    create_markdown_artifact(key="summary", markdown=report.markdown(run, summary, plots), description="Stages, metrics, gate")
 
 
 def _read(path: Path, default: Any) -> Any:

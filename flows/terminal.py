@@ -68,7 +68,9 @@ def show_summary(summary: dict[str, Any]) -> None:
     console.print(table)
     for metric, models in summary["metrics"].items():
         console.print(f"\n{metric} on held-out rows, 95 % intervals")
-        console.print("  " + "  →  ".join(f"{name} [bold]{escape(estimate_text(e))}[/]" for name, e in models.items()), highlight=False)
+        console.print(
+            "  " + "  →  ".join(f"{name} [bold]{escape(estimate_text(e))}[/]" for name, e in models.items()), highlight=False
+        )
     if summary["gate"]:
         console.print("gate " + ("[green]passed[/]" if summary["gate"]["passed"] else "[red]failed[/]"))
     console.print()
@@ -111,5 +113,3 @@ def show_error(error: PipelineError) -> None:
 
 def _place(what: str, where: str) -> None:
     console.print(f"  {what:<7} {escape(where)}", highlight=False, soft_wrap=True)
-
-

@@ -4,11 +4,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from profiles.schema import Dataset
+from profiles.schema import Dataset, Profile
 from tasks.artifacts import Artifact
 from tasks.check_profile import load_profile
 from tasks.errors import ContractBroken, ProfileError
-from tasks.fingerprints import tree_digest
+from tasks.fingerprints import fingerprint, tree_digest
+from tasks.pipeline_run import store
+from tasks.prepare_data import find_base_model, prepare_stage
 from tasks.validate_data import hold_to_contract, locate_dataset
 
 Verdicts = list[tuple[str, Any]]
@@ -26,24 +28,37 @@ def of_file(data: Path, kind: str, layout: str) -> Verdicts:
 
 
 def of_profile(name: str, overrides: list[str] | None) -> Verdicts:
-    """Judge every dataset of a profile that is there before a run; what the prepare stage makes is judged in the run."""
-    data = load_profile(name, overrides).recipe.datasets
+    """Judge every dataset of a profile that is there; what the prepare stage makes is there once a run has made it."""
+    profile = load_profile(name, overrides)
+    data, made = profile.recipe.datasets, _made(profile)
     verdicts: Verdicts = []
     with tempfile.TemporaryDirectory() as folder:
         held_out = None
         for field in ("eval", "sft", "preference", "prompts"):
             dataset = getattr(data, field)
-            if dataset is None or dataset.prepared:
+            if dataset is None or (dataset.prepared and made is None):
                 continue
-            source = locate_dataset(f"recipe.datasets.{field}", dataset, None)
+            source = locate_dataset(f"recipe.datasets.{field}", dataset, made)
             output = Path(folder) / field
             output.mkdir()
             verdicts.append((f"recipe.datasets.{field}  {source}", hold_to_contract(dataset, source, held_out, output)))
             if field == "eval":
                 held_out = Artifact("dataset", str(output), "", tree_digest(source))
     if not verdicts:
-        raise ProfileError(f"every dataset of {name} is made by its prepare stage: `posttrain run {name}` makes and judges them.")
+        raise ProfileError(
+            f"every dataset of {name} is made by its prepare stage, which has not run: `posttrain run {name}` makes and "
+            "judges them."
+        )
     return _passed(verdicts)
+
+
+def _made(profile: Profile) -> Artifact | None:
+    """Return what the profile's prepare stage has made, if it has."""
+    if profile.recipe.prepare is None:
+        return None
+    base = find_base_model(profile, None) if profile.recipe.prepare.base_model else None
+    key = fingerprint(prepare_stage(profile, base).identity(profile.placement.of("prepare")))
+    return store().find("prepare", key)
 
 
 def _judge(dataset: Dataset, source: Path, held_out: Artifact | None) -> Any:

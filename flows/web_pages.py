@@ -33,7 +33,9 @@ def serve(prefect_port: int, mlflow_port: int) -> None:
     try:
         _wait(servers[0], f"http://127.0.0.1:{prefect_port}/api/health")
         _wait(servers[1], f"http://127.0.0.1:{mlflow_port}/health")
-        print(f"Prefect  http://127.0.0.1:{prefect_port}\nMLflow   http://127.0.0.1:{mlflow_port}\nCtrl-C stops both.", flush=True)
+        print(
+            f"Prefect  http://127.0.0.1:{prefect_port}\nMLflow   http://127.0.0.1:{mlflow_port}\nCtrl-C stops both.", flush=True
+        )
         while all(server.poll() is None for server in servers):
             time.sleep(0.5)
     except KeyboardInterrupt:

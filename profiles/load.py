@@ -23,7 +23,7 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
 )
-FREE_KEYS = ("args", "config", "contract")  # their keys are another library's, checked against it later
+FREE_KEYS = ("args", "config", "contract", "columns", "env")  # their keys are another library's, checked against it later
 
 
 class InvalidProfile(ValueError):
@@ -114,7 +114,9 @@ def _override(raw: dict[str, Any], override: str) -> dict[str, Any]:
     path = key.split(".")
     _check_path(path)
     if path == ["recipe", "policy", "method"] and value != raw.get("recipe", {}).get("policy", {}).get("method"):
-        log.warning("--set %s: the settings of the profile's own method are dropped; give the new one's with --set too", override)
+        log.warning(
+            "--set %s: the settings of the profile's own method are dropped; give the new one's with --set too", override
+        )
     nested: Any = value
     for part in reversed(path):
         nested = {part: nested}

@@ -19,7 +19,7 @@ class Origin(Strict):
 
     path: str | None = Field(None, description="local file or folder, relative to the working directory")
     hub: str | None = Field(None, description="repository id on the Hugging Face hub; needs `revision`")
-    revision: str | None = Field(None, description="commit of the hub repository: a branch would move under the cache")
+    revision: str | None = Field(None, description="commit, tag or branch on the hub; each run is keyed on its commit")
     prepared: str | None = Field(None, description="name of a file or folder that the prepare stage makes")
 
     @model_validator(mode="after")
@@ -28,7 +28,7 @@ class Origin(Strict):
         if len(given) != 1:
             raise ValueError(f"give exactly one of path, hub, prepared (given: {', '.join(given) or 'none'})")
         if (self.revision is None) == (self.hub is not None):
-            raise ValueError("hub and revision go together: a moving branch cannot be cached or repeated")
+            raise ValueError("hub and revision go together: write revision: main to follow the branch, a commit to stay")
         return self
 
 
@@ -45,6 +45,9 @@ class Dataset(Origin):
 
     kind: Kind
     layout: Literal["trl", "sharegpt", "alpaca"] = "trl"
+    columns: dict[str, str] = Field(
+        default_factory=dict, description="the kind's column names to the source's; its other columns are left out"
+    )
     split: str = "train"
     start: int = Field(0, ge=0)
     stop: int | None = Field(None, gt=0)
@@ -84,9 +87,7 @@ class TrlStage(Strict):
     @model_validator(mode="after")
     def _not_ours(self) -> "TrlStage":
         if ours := sorted(set(self.args) & set(OWNED_ARGS)):
-            raise ValueError(
-                f"args.{ours[0]} is set by the pipeline; remove it (the seed is recipe.seed, vLLM is `rollouts`)"
-            )
+            raise ValueError(f"args.{ours[0]} is set by the pipeline; remove it (the seed is recipe.seed, vLLM is `rollouts`)")
         return self
 
 

@@ -127,14 +127,19 @@ def disk_errors(root: Path) -> Iterator[None]:
 
 def local_model(setting: str, path: Path) -> Artifact:
     """Return a local base model as an input, identified by its bytes; raises ProfileError naming what is missing."""
+    refuse_unusable_model(setting, path)
+    digest = tree_digest(path)
+    return Artifact(stage="base_model", path=str(path.resolve()), fingerprint=digest[:12], digest=digest)
+
+
+def refuse_unusable_model(setting: str, path: Path) -> None:
+    """Raise ProfileError if a folder lacks what every stage loads from a base model."""
     problem = _model_problem(path)
     if problem:
         raise ProfileError(
             f"{setting} is {str(path)!r}, which {problem}. Every stage loads the base model from there. "
             "Name a folder made by save_pretrained() of both the model and its tokenizer."
         )
-    digest = tree_digest(path)
-    return Artifact(stage="base_model", path=str(path.resolve()), fingerprint=digest[:12], digest=digest)
 
 
 def hub_model(repository: str, revision: str) -> Artifact:

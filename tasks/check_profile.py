@@ -2,11 +2,12 @@
 
 import json
 import subprocess
+from pathlib import Path
 from typing import Any
 
 from profiles.load import InvalidProfile, accelerate_file, load
 from profiles.schema import STAGES, Grpo, Profile, Recipe
-from tasks.artifacts import disk_errors
+from tasks.artifacts import disk_errors, refuse_unusable_model
 from tasks.environment import home
 from tasks.errors import MachineUnfit, ProfileError
 from tasks.fingerprints import code_digest, fingerprint, library_versions
@@ -33,6 +34,7 @@ def check_profile(profile: Profile) -> None:
 
     It takes an import of TRL, so the answer is kept by what was asked, the code and the library versions.
     """
+    check_paths(profile.recipe)
     placement = profile.placement.default
     python = job_python(placement)
     asked = question(profile.recipe)
@@ -44,6 +46,18 @@ def check_profile(profile: Profile) -> None:
             write_json(kept, _ask(str(python), job_environment(placement), asked))
     if problems := json.loads(kept.read_text()):
         raise ProfileError(f"profile {profile.name}: " + "\n".join(problems))
+
+
+def check_paths(recipe: Recipe) -> None:
+    """Raise ProfileError if a local base model or dataset that the recipe names is not there, before a run is opened."""
+    if recipe.base_model.path:
+        refuse_unusable_model("recipe.base_model", Path(recipe.base_model.path))
+    for name in ("sft", "preference", "prompts", "eval"):
+        dataset = getattr(recipe.datasets, name)
+        if dataset is not None and dataset.path and not Path(dataset.path).exists():
+            raise ProfileError(
+                f"recipe.datasets.{name}.path is {dataset.path!r}: there is no such file or folder (looked from {Path.cwd()})."
+            )
 
 
 def question(recipe: Recipe) -> dict[str, Any]:
@@ -61,5 +75,7 @@ def _ask(python: str, env: dict[str, str], asked: dict[str, Any]) -> list[str]:
         input=json.dumps(asked), capture_output=True, text=True, timeout=TIMEOUT_SECONDS, env=env,
     )  # fmt: skip
     if done.returncode != 0:
-        raise MachineUnfit(f"the job environment {python} does not work: {done.stderr.strip()[-2000:]}\nRun `posttrain doctor`.")
+        raise MachineUnfit(
+            f"the job environment {python} does not work: {done.stderr.strip()[-2000:]}\nRun `posttrain doctor`."
+        )
     return json.loads(done.stdout)

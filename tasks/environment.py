@@ -1,7 +1,15 @@
 """What every process of ours sets before a library reads it: no telemetry, and all state under one home folder."""
 
 import os
+import shutil
+import tempfile
 from pathlib import Path
+
+from tasks.errors import MachineUnfit
+
+PROBE_BYTES = 2**20
+FREE_BYTES_MIN = 256 * 2**20  # both databases, the quickstart's artifacts and its vLLM log
+ANOTHER_DISK = "Free space there, or set POSTTRAIN_HOME to a folder on another disk."
 
 DEFAULTS = {
     "DO_NOT_TRACK": "1",
@@ -26,6 +34,23 @@ DEFAULTS = {
 def home() -> Path:
     """Return the folder of the store, both databases and all runs: `POSTTRAIN_HOME`, else `runs` here."""
     return Path(os.environ.get("POSTTRAIN_HOME", "runs")).resolve()
+
+
+def refuse_full_disk() -> None:
+    """Raise MachineUnfit if the home folder cannot be made, written or filled: databases fail on a full disk without a word."""
+    try:
+        home().mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=home()) as file:
+            file.write(bytes(PROBE_BYTES))
+            file.flush()
+            os.fsync(file.fileno())
+        free = shutil.disk_usage(home()).free
+    except OSError as error:
+        raise MachineUnfit(f"{home()} cannot be written: {error.strerror or error}. {ANOTHER_DISK}") from None
+    if free < FREE_BYTES_MIN:
+        raise MachineUnfit(
+            f"{home()} has {free / 2**20:.0f} MiB free; a run needs {FREE_BYTES_MIN / 2**20:.0f}. {ANOTHER_DISK}"
+        )
 
 
 def set_defaults() -> None:

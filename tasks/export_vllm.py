@@ -22,10 +22,14 @@ def export_vllm(
 def export_stage(
     profile: Profile, base: Artifact, policy: Artifact, merged: Artifact, rows: Artifact, evaluation: Artifact
 ) -> Stage:
+    origin = profile.recipe.base_model
     card = {
-        "profile": profile.name, "description": profile.description, "base_model": profile.recipe.base_model.hub or base.digest[:12],
-        "licence": profile.recipe.base_model.licence, "metrics": evaluation.metrics,
-    }  # fmt: skip
+        "profile": profile.name,
+        "description": profile.description,
+        "base_model": origin.hub or base.digest[:12],
+        "licence": origin.licence,
+        "metrics": evaluation.metrics,
+    }
     config = with_model(profile.recipe, base, **profile.recipe.export.model_dump(), card=card)
     inputs = {"base_model": base, "policy": policy, "merge": merged, "rows": rows}
     return Stage("export", "tasks.jobs.export", config, inputs, profile.recipe.seed)

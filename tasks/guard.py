@@ -7,6 +7,7 @@ gets TERM, then after the grace every descendant gets KILL until none is left. T
 Standard library only: it starts in milliseconds, before anything heavy is imported.
 """
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -53,10 +54,8 @@ def _wait(child: subprocess.Popen, seconds: float) -> None:
 def _kill_descendants() -> None:
     while alive := _descendants():
         for pid in alive:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
         time.sleep(0.05)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from profiles.load import accelerate_file
 from profiles.schema import StagePlacement
 from tasks import guard
-from tasks.errors import DriftHalted, JobFailed, MachineUnfit
+from tasks.errors import DriftHalted, JobFailed, MachineUnfit, RunCancelled
 from tasks.fingerprints import PROJECT
 from tasks.job_spec import JobResult, JobSpec
 
@@ -52,8 +52,11 @@ def launch(spec: JobSpec, placement: StagePlacement, on_metrics: Callable[[Metri
         )
     (spec.work / "job.json").write_text(spec.model_dump_json(indent=1))
     log_file = spec.work / "log.txt"
-    with _child(_command(spec, placement), job_environment(placement), log_file) as (process, pump):
-        code = _follow(process, pump, spec, placement.timeout_seconds, on_metrics)
+    try:
+        with _child(_command(spec, placement), job_environment(placement), log_file) as (process, pump):
+            code = _follow(process, pump, spec, placement.timeout_seconds, on_metrics)
+    except KeyboardInterrupt:
+        raise RunCancelled(f"{spec.stage} was interrupted, and its job ended. Log: {log_file}") from None
     return _outcome(spec, code, log_file)
 
 

@@ -94,9 +94,7 @@ def recorded(run: PipelineRun, stage: str, key: str) -> Iterator[StageRecord]:
 
 
 def cached_record(stage: str, artifact: Artifact) -> StageRecord:
-    return StageRecord(
-        stage, "cached", artifact.fingerprint, 0.0, artifact.path, artifact.mlflow_run_id, artifact.metrics
-    )
+    return StageRecord(stage, "cached", artifact.fingerprint, 0.0, artifact.path, artifact.mlflow_run_id, artifact.metrics)
 
 
 def write_json(path: Path, content: Any) -> None:

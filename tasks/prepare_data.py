@@ -6,6 +6,7 @@ from prefect import State, task
 from prefect.cache_policies import NO_CACHE
 
 from profiles.schema import Origin, Profile
+from tasks import hub
 from tasks.artifacts import Artifact, hub_model, local_model
 from tasks.build import Stage, build
 from tasks.errors import ProfileError
@@ -36,7 +37,7 @@ def find_base_model(profile: Profile, made: Artifact | None) -> Artifact:
     """Return the recipe's base model as an input of the stages; raises ProfileError naming what is wrong with it."""
     origin = profile.recipe.base_model
     if origin.hub:
-        return hub_model(origin.hub, origin.revision)
+        return hub_model(origin.hub, hub.commit_of("recipe.base_model", origin.hub, origin.revision, "model"))
     return local_model("recipe.base_model", locate("recipe.base_model", origin, made))
 
 

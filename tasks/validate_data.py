@@ -10,9 +10,9 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
 from profiles.schema import Dataset
+from tasks import hub
 from tasks.artifacts import Artifact, disk_errors
 from tasks.build import cached
-from tasks.environment import home
 from tasks.errors import ContractBroken, ProfileError
 from tasks.fingerprints import PROJECT, code_digest, file_digest, fingerprint, tree_digest
 from tasks.monitoring import mlflow_runs
@@ -67,7 +67,8 @@ def hold_to_contract(dataset: Dataset, source: Path, held_out: Artifact | None, 
     except ContractInvalid as error:
         raise ProfileError(f"contract of {source}: {error}") from None
     try:
-        table = read_rows(source, dataset.kind, layout=dataset.layout, start=dataset.start, stop=dataset.stop)
+        how = dataset.model_dump(include={"layout", "columns", "start", "stop"})
+        table = read_rows(source, dataset.kind, **how)
         rows = None if held_out is None else pyarrow.parquet.read_table(held_out / "rows.parquet")
         hidden = None if rows is None else prompt_hashes(rows, _kind(held_out))
         verdict = judge_by(facts(table, dataset.kind, hidden), contract)
@@ -84,7 +85,7 @@ def hold_to_contract(dataset: Dataset, source: Path, held_out: Artifact | None, 
 def locate_dataset(setting: str, dataset: Dataset, made: Artifact | None) -> Path:
     """Return the local file or folder of a dataset; one on the hub is fetched at its pinned revision."""
     if dataset.hub:
-        return _fetch(dataset)
+        return hub.fetch_split(setting, dataset.hub, dataset.revision, dataset.split)
     path = locate(setting, dataset, made)
     if not path.exists():
         raise ProfileError(f"{setting}.path is {dataset.path!r}: there is no such file (looked from {Path.cwd()}).")
@@ -93,7 +94,7 @@ def locate_dataset(setting: str, dataset: Dataset, made: Artifact | None) -> Pat
 
 def identify(dataset: Dataset, source: Path, held_out: Artifact | None) -> dict[str, Any]:
     """Return what makes two validated datasets the same: the rows' bytes, how they are read, and what judges them."""
-    reading = dataset.model_dump(include={"kind", "layout", "start", "stop", "contract"})
+    reading = dataset.model_dump(include={"kind", "layout", "columns", "start", "stop", "contract"})
     return {
         "stage": "dataset",
         "recipe": reading,
@@ -101,16 +102,6 @@ def identify(dataset: Dataset, source: Path, held_out: Artifact | None) -> dict[
         "code": code_digest("data_contracts.contract") + code_digest("data_contracts.rows"),
         "contract": file_digest(PROJECT / "data_contracts" / f"{dataset.kind}.yaml"),
     }
-
-
-def _fetch(dataset: Dataset) -> Path:
-    """Return a folder with exactly one split's files of a hub dataset."""
-    from huggingface_hub import snapshot_download
-
-    folder = home() / ".hub" / dataset.hub.replace("/", "--") / dataset.revision / dataset.split
-    patterns = [f"*{dataset.split}*.{ending}" for ending in ("parquet", "jsonl", "json")]
-    snapshot_download(dataset.hub, repo_type="dataset", revision=dataset.revision, allow_patterns=patterns, local_dir=folder)
-    return folder
 
 
 def _kind(held_out: Artifact) -> str:

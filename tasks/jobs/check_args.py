@@ -11,7 +11,6 @@ import sys
 
 from tasks.jobs import without_vllm  # noqa: F401
 
-
 NUMBERS = ("<class 'int'>", "<class 'float'>", "<class 'bool'>", "int | None", "float | None", "bool | None")
 
 
@@ -32,7 +31,9 @@ def check_args(where: str, class_name: str, args: dict) -> list[str]:
     if unknown:
         return [f"{where}.args.{name} is no argument of TRL's {class_name}.{_nearest(name, known)}" for name in unknown]
     types = {field.name: str(field.type) for field in dataclasses.fields(config_class)}
-    texts = [name for name, value in args.items() if isinstance(value, str) and types[name] in ("int", "float", "bool", *NUMBERS)]
+    texts = [
+        name for name, value in args.items() if isinstance(value, str) and types[name] in ("int", "float", "bool", *NUMBERS)
+    ]
     if texts:
         return [f"{where}.args.{name} is the text {args[name]!r}; TRL's {class_name} wants {types[name]}" for name in texts]
     try:

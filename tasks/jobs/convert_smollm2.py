@@ -7,8 +7,8 @@ original bfloat16 ones: say so wherever a figure is shown. Three traps, each wit
 
 - transformers refuses to save a model that it loaded from GGUF: `dequantised` moves the weights into a fresh model.
 - The GGUF tokenizer forgets that this vocabulary splits digits one by one, which shows in arithmetic first: `digit_splitting`.
-- The GGUF file names one token, `<|im_end|>`, as both EOS and PAD, so a collator or reward head that looks for PAD takes the end
-  of a reply for padding: `dequantised` and `digit_splitting` pad with `<|endoftext|>`, which no chat contains.
+- The GGUF file names one token, `<|im_end|>`, as both EOS and PAD, so a collator or reward head that looks for PAD takes the
+  end of a reply for padding: `dequantised` and `digit_splitting` pad with `<|endoftext|>`, which no chat contains.
 """
 
 import argparse
@@ -16,7 +16,14 @@ from pathlib import Path
 
 import torch
 from tokenizers import pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+)
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 BOS, EOS, PAD = "<|im_start|>", "<|im_end|>", "<|endoftext|>"

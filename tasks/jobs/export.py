@@ -73,7 +73,7 @@ def model_card(spec: JobSpec) -> str:
     return (
         f"---\nlicense: {card['licence'] or 'unknown'}\nbase_model: {card['base_model']}\n---\n\n# {card['profile']}\n\n"
         f"{card['description']}\n\n| held-out metric | value |\n|---|---|\n{accuracy}\n\n"
-        f"Served by `vllm serve DIR --max-model-len {spec.config['max_model_len']}`; lineage in manifest.json beside this file.\n"
+        f"Served by `vllm serve DIR --max-model-len {spec.config['max_model_len']}`; lineage in manifest.json.\n"
     )
 
 
@@ -102,7 +102,16 @@ def serve_command(spec: JobSpec, port: int) -> list[str]:
 
 def serve_environment() -> dict[str, str]:
     """Return our environment without the launcher's: vLLM would take its ranks and addresses for its own."""
-    ours = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "ACCELERATE_", "TORCHELASTIC_")
+    ours = (
+        "RANK",
+        "LOCAL_RANK",
+        "WORLD_SIZE",
+        "LOCAL_WORLD_SIZE",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+        "ACCELERATE_",
+        "TORCHELASTIC_",
+    )
     kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
     return {"VLLM_CPU_KVCACHE_SPACE": "1", **kept}
 

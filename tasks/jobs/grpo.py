@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 
 from tasks.job_spec import JobResult, JobSpec
 from tasks.jobs import rewards, vllm_cpu
+from tasks.jobs.callbacks import FrozenWeights
 from tasks.jobs.job import done, run
 from tasks.jobs.models import load_tokenizer, load_trainable, save_adapter
 from tasks.jobs.training import rows, train, trl_args
@@ -43,6 +44,8 @@ def main(spec: JobSpec) -> JobResult:
         processing_class=tokenizer,
         peft_config=lora,
     )
+    if rollouts == "vllm":
+        trainer.add_callback(FrozenWeights(trainer.model))
     metrics = train(trainer, spec)
     _assert_synced(metrics)
     if trainer.is_world_process_zero():

@@ -1,12 +1,11 @@
 """Make the arithmetic data of one profile: what SFT, the reward model, GRPO and the evaluation read, from reasoning-gym tasks.
 
-Four files: `sft.jsonl`, `preference.jsonl`, `prompts.jsonl`, `eval.jsonl`. No question of `eval.jsonl` occurs in another file. Both
+Four files: `sft.jsonl`, `preference.jsonl`, `prompts.jsonl`, `eval.jsonl`. No question of `eval.jsonl` is in another file. Both
 replies of a preference pair are the base model's own, sampled at temperature 1 and told apart by the answer they end in.
 """
 
 import json
 import random
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,11 +14,14 @@ import reasoning_gym
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from tasks.job_spec import JobResult, JobSpec
+from tasks.jobs.job import done, run
+from tasks.jobs.rewards import number_answer
+
 Message = dict[str, str]
 Row = dict[str, Any]
 
-NUMBER = re.compile(r"-?\d+")
-TOKENS_MAX = 16  # "9 - 7 + 8 =" is given; " 2 + 8 = 10" is 9 tokens
+TOKENS_MAX = 32  # a plain answer takes 5 to 20; what is longer is a lecture, cut off before its number
 
 
 class Problem(NamedTuple):
@@ -31,17 +33,19 @@ class Problem(NamedTuple):
 def make(output: Path, seed: int, config: dict[str, Any], base_model: Path) -> dict[str, float]:
     """Write the four files into `output` and return how many rows each has and how often the base model was right.
 
-    `config`: `tasks` (reasoning-gym task -> its parameters, `size` among them), `num_eval`, `num_sft`, `num_preference_prompts`,
-    `num_samples` (replies per prompt), `pairs_per_prompt_max`.
+    `config`: `tasks` (reasoning-gym task -> its parameters, `size` among them), `num_eval`, `num_sft`,
+    `num_preference_prompts`, `num_samples` (replies per prompt), `pairs_per_prompt_max`.
     """
     problems = distinct(config["tasks"], seed)
     held_out, training = problems[: config["num_eval"]], problems[config["num_eval"] :]
     judged = training[: config["num_preference_prompts"]]
     shown = training[len(training) - config["num_sft"] :]
     if len(held_out) < config["num_eval"] or len(training) < max(config["num_preference_prompts"], config["num_sft"]):
-        raise ValueError(f"the tasks have {len(problems)} distinct questions, too few for {config}: raise a task's size, terms or digits")
+        raise ValueError(
+            f"the tasks have {len(problems)} distinct questions, too few for {config}: raise a size, terms or digits"
+        )
     replies = sample(base_model, judged, config["num_samples"], seed)
-    pairs = [row for group in zip(judged, replies) for row in preferences(*group, config["pairs_per_prompt_max"])]
+    pairs = [row for group in zip(judged, replies, strict=True) for row in preferences(*group, config["pairs_per_prompt_max"])]
     output.mkdir(parents=True, exist_ok=True)
     write(output / "sft.jsonl", [{"prompt": prompt(p), "completion": says(worked(p))} for p in shown])
     write(output / "preference.jsonl", pairs)
@@ -88,35 +92,24 @@ def worked(problem: Problem) -> str:
         value = str({"+": int.__add__, "-": int.__sub__, "*": int.__mul__}[operator](int(value), int(term)))
         steps.append(" ".join([value, *rest]))
     if value != problem.answer:
-        raise ValueError(f"{problem.expression} is {value} from left to right but the task says {problem.answer}: mixed operators?")
+        raise ValueError(
+            f"{problem.expression} is {value} from left to right, but its answer is {problem.answer}: mixed operators?"
+        )
     return " = ".join(steps)
 
 
-def final_number(reply: str) -> str | None:
-    """Return the last integer in `reply`, as the reply's answer: rambling on after the answer costs it."""
-    numbers = NUMBER.findall(reply.replace(",", ""))
-    return str(int(numbers[-1])) if numbers else None
-
-
 def is_right(reply: str, answer: str) -> bool:
-    return final_number(reply) == answer
+    return number_answer([reply], [answer]) == [1.0]
 
 
 def sample(base_model: Path, problems: list[Problem], num_samples: int, seed: int) -> list[list[str]]:
-    """Return `num_samples` replies of the base model to each problem, at temperature 1.
-
-    Each reply is begun for the model with "9 - 7 + 8 =". Left alone it begins a lecture, too long to sample by the thousand and too
-    unlike the policy after SFT for a reward model to learn from.
-    """
+    """Return `num_samples` replies of the base model to each problem, at temperature 1."""
     torch.manual_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(base_model, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(base_model, dtype=torch.bfloat16).eval()
-    begun = [p for p in problems for _ in range(num_samples)]
-    texts = [
-        tokenizer.apply_chat_template(prompt(p), add_generation_prompt=True, tokenize=False) + f"{p.expression} =" for p in begun
-    ]
-    continued = [text for batch in batches(texts, 128) for text in continuations(model, tokenizer, batch)]
-    replies = [f"{p.expression} ={text}".strip() for p, text in zip(begun, continued, strict=True)]
+    texts = [tokenizer.apply_chat_template(prompt(p), add_generation_prompt=True, tokenize=False) for p in problems]
+    asked = [text for text in texts for _ in range(num_samples)]
+    replies = [text.strip() for batch in batches(asked, 128) for text in continuations(model, tokenizer, batch)]
     return list(batches(replies, num_samples))
 
 
@@ -134,10 +127,10 @@ def batches(items: list[Any], size: int) -> Iterator[list[Any]]:
 
 def preferences(problem: Problem, replies: list[str], pairs_max: int) -> Iterator[Row]:
     """Yield a pair for each right reply that has a wrong one beside it; a pair's replies differ because their answers do."""
-    unique = list(dict.fromkeys(replies))
+    unique = [reply for reply in dict.fromkeys(replies) if reply]
     right = [reply for reply in unique if is_right(reply, problem.answer)]
     wrong = [reply for reply in unique if not is_right(reply, problem.answer)]
-    for chosen, rejected in list(zip(right, wrong))[:pairs_max]:
+    for chosen, rejected in list(zip(right, wrong, strict=False))[:pairs_max]:
         yield {"prompt": prompt(problem), "chosen": says(chosen), "rejected": says(rejected)}
 
 
@@ -153,3 +146,11 @@ def pass_ratios(problems: list[Problem], replies: list[list[str]]) -> dict[str, 
 
 def write(path: Path, rows: list[Row]) -> None:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def main(spec: JobSpec) -> JobResult:
+    return done(make(spec.output, spec.seed, spec.config, Path(spec.inputs["base_model"])))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -20,8 +20,16 @@ def exact_answer(completions: list[Completion], answer: list[str], **_: Any) -> 
 
 
 def number_answer(completions: list[Completion], answer: list[str], **_: Any) -> list[float]:
-    """1.0 if the last number in the completion equals the answer; thousands commas do not count."""
-    return [float(_last_number(text_of(c)) == _last_number(a)) for c, a in zip(completions, answer, strict=True)]
+    """1.0 if the completion ends in a number that equals the answer; thousands commas and a closing full stop do not count."""
+    return [float(_final_number(text_of(c)) == float(a.replace(",", ""))) for c, a in zip(completions, answer, strict=True)]
+
+
+def math_answer(completions: list[Completion], answer: list[str], **_: Any) -> list[float]:
+    """1.0 if the completion's final mathematical value equals the answer's, whatever its form (math-verify, via TRL)."""
+    from trl.rewards import accuracy_reward
+
+    chats = [[{"role": "assistant", "content": text_of(c)}] for c in completions]
+    return [float(score or 0.0) for score in accuracy_reward(chats, solution=answer)]
 
 
 def near_answer(completions: list[Completion], answer: list[str], **_: Any) -> list[float]:
@@ -36,6 +44,6 @@ def _nearness(text: str, answer: str) -> float:
     return 0.5 * in_place / max(len(text), len(answer), 1)
 
 
-def _last_number(text: str) -> float | None:
-    found = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
-    return float(found[-1].replace(",", "")) if found else None
+def _final_number(text: str) -> float | None:
+    found = re.search(r"(-?\d[\d,]*(?:\.\d+)?)[.!\s]*$", text)
+    return float(found[1].replace(",", "")) if found else None

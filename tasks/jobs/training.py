@@ -76,6 +76,6 @@ def _assert_moved(model: torch.nn.Module, before: dict[str, torch.Tensor]) -> No
         drift = (_sample(parameter) - old).abs().max().item()
         if name not in trainable and drift > FROZEN_TOLERANCE * old.abs().max().item():
             raise RuntimeError(
-                f"the frozen tensor {name} changed by {drift:.3g} in training. In bfloat16 TRL's weight sync to vLLM does "
-                "that: it merges the adapter into the base and takes it out again. Set recipe.base_model.dtype: float32."
+                f"the frozen tensor {name} changed by {drift:.3g} in training: the adapter was trained on another base than "
+                "the one it will be merged into"
             )

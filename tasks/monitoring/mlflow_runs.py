@@ -21,6 +21,7 @@ from tasks.errors import PipelineError, RunCancelled
 log = logging.getLogger("posttrain")
 BATCH = 1000  # MLflow's own limit per call
 LOCAL_UI = "http://127.0.0.1:5000"
+TRAINING_PAGES = "custom_model_development"  # else MLflow opens the experiment on its pages for traces and prompts
 FINISHED, FAILED, KILLED = "FINISHED", "FAILED", "KILLED"
 
 
@@ -70,7 +71,8 @@ def _experiment(name: str) -> str:
     if found is not None:
         return found.experiment_id
     local = tracking_uri().startswith("sqlite:///")
-    return client.create_experiment(name, artifact_location=(artifact_root() / name).as_uri() if local else None)
+    location = (artifact_root() / name).as_uri() if local else None
+    return client.create_experiment(name, artifact_location=location, tags={"mlflow.experimentKind": TRAINING_PAGES})
 
 
 def open_run(experiment: str, name: str, tags: dict[str, str], parent: str | None = None) -> str:

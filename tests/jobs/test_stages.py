@@ -1,0 +1,215 @@
+"""Each stage on its own, really run on a tiny model: what it leaves, and that what should move moved and nothing else."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_recipe import LORA, TRAIN
+
+from tasks.jobs import without_vllm  # noqa: F401  (before any trainer is imported)
+
+pytestmark = pytest.mark.job
+
+
+def logged(spec) -> list[dict]:
+    return [json.loads(line)["metrics"] for line in spec.metrics_file.read_text().splitlines()]
+
+
+def adapter_of(folder) -> dict[str, torch.Tensor]:
+    return load_file(f"{folder}/adapter_model.safetensors")
+
+
+def test_sft_trains_every_adapter_tensor_and_logs_trl_keys(spec):
+    from tasks.jobs import sft
+
+    job = spec("sft", "sft", lora=LORA, args=TRAIN | {"learning_rate": 5e-3})
+    result = sft.main(job)
+    tensors = adapter_of(job.output)
+    # LoRA starts at B = 0: a B that is not 0 was trained.
+    assert all(tensor.abs().max() > 0 for name, tensor in tensors.items() if "lora_B" in name)
+    assert {"loss", "mean_token_accuracy", "entropy", "grad_norm"} <= set(logged(job)[0])
+    assert result.metrics["loss"] > 0
+
+
+def test_sft_with_a_learning_rate_of_0_is_an_error(spec):
+    from tasks.jobs import sft
+
+    with pytest.raises(RuntimeError, match="changed no tensor"):
+        sft.main(spec("sft", "sft", lora=LORA, args=TRAIN | {"learning_rate": 0.0}))
+
+
+def test_reward_model_leaves_a_standalone_checkpoint_that_separates_held_out_pairs(spec):
+    from transformers import AutoModelForSequenceClassification
+
+    from tasks.jobs import reward_model
+
+    job = spec("reward_model", "preference", lora=None, eval_ratio=0.25, args=TRAIN | {"learning_rate": 3e-3, "max_steps": 12})
+    result = reward_model.main(job)
+    assert result.details["held_out_pairs"] == 32
+    assert 0 <= result.metrics["eval_accuracy"] <= 1
+    assert AutoModelForSequenceClassification.from_pretrained(job.output).config.num_labels == 1
+
+
+def test_dpo_starts_at_ln_2_because_its_reference_is_the_sft_adapter(spec, sft_adapter):
+    from tasks.jobs import dpo
+
+    args = {"per_device_train_batch_size": 16, "max_steps": 2, "gradient_checkpointing": False, "max_length": 64}
+    job = spec("dpo", "preference", {"sft": sft_adapter}, lora=None, args=args | {"learning_rate": 1e-3, "beta": 0.1})
+    dpo.main(job)
+    # policy = reference gives a margin of 0 for every pair, and -log sigmoid(0) = ln 2 (arXiv:2305.18290, eq. 7)
+    assert logged(job)[0]["loss"] == pytest.approx(0.6931471805599453, abs=1e-6)
+    assert adapter_moved(sft_adapter, job.output)
+
+
+def grpo_args(**more):
+    own = {"per_device_train_batch_size": 16, "num_generations": 4, "max_completion_length": 8, "max_steps": 2}
+    return own | {"gradient_checkpointing": False, "learning_rate": 1e-3, "beta": 0.1} | more
+
+
+def adapter_moved(before, after) -> bool:
+    """The policy's adapter is another than the one it started from, and TRL's frozen copy "ref" is not saved with it."""
+    old, new = adapter_of(before), adapter_of(after)
+    assert old.keys() == new.keys()
+    return any(not torch.equal(old[name], new[name]) for name in old)
+
+
+def test_grpo_logs_kl_to_the_sft_policy_which_is_0_before_the_first_update(spec, sft_adapter):
+    from tasks.jobs import grpo
+
+    rewards = [{"name": "near_answer", "weight": 1.0}]
+    job = spec(
+        "grpo", "prompts", {"sft": sft_adapter}, lora=None, rollouts="transformers", reward_functions=rewards, args=grpo_args()
+    )
+    result = grpo.main(job)
+    first = logged(job)[0]
+    assert first["kl"] == pytest.approx(0.0, abs=1e-6)
+    assert {"reward", "reward_std", "frac_reward_zero_std", "entropy", "rewards/near_answer/mean"} <= set(first)
+    assert adapter_moved(sft_adapter, job.output)
+    assert result.details["rollouts"] == "transformers"
+
+
+def test_grpo_reward_model_is_named_so_in_the_metrics_and_enters_the_reward_with_its_weight(spec, sft_adapter):
+    from tasks.jobs import grpo, reward_model
+
+    scored = spec("reward_model", "preference", lora=None, eval_ratio=0.25, args=TRAIN | {"learning_rate": 3e-3})
+    reward_model.main(scored)
+    rewards = [{"name": "near_answer", "weight": 1.0}, {"name": "reward_model", "weight": 0.5}]
+    job = spec(
+        "grpo", "prompts", {"sft": sft_adapter, "reward_model": str(scored.output)}, lora=None, rollouts="transformers",
+        reward_functions=rewards, args=grpo_args(max_steps=1),
+    )  # fmt: skip
+    grpo.main(job)
+    line = logged(job)[0]
+    # the reward is the weighted sum of the reward functions' values, so its mean is that of their means
+    expected = line["rewards/near_answer/mean"] + 0.5 * line["rewards/reward_model/mean"]
+    assert line["reward"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_grpo_left_corridor_halts_with_the_signal_and_its_numbers(spec, sft_adapter):
+    from tasks.jobs import grpo
+    from tasks.jobs.job import Halted
+
+    drift = {"kl_max": 1e-9, "entropy_ratio_min": None, "reference_steps": 10, "smoothing": 0.3, "patience": 2}
+    job = spec(
+        "grpo", "prompts", {"sft": sft_adapter}, lora=None, rollouts="transformers",
+        reward_functions=[{"name": "near_answer", "weight": 1.0}], args=grpo_args(max_steps=8),
+    )  # fmt: skip
+    with pytest.raises(Halted, match="kl averaged .* 1e-09"):
+        grpo.main(job.model_copy(update={"drift": drift}))
+    assert not list(job.output.iterdir())
+    assert len(logged(job)) < 8
+
+
+def test_evaluate_scores_base_and_adapters_on_the_same_rows(spec, sft_adapter):
+    from tasks.jobs import evaluate
+
+    config = {"metric": "accuracy", "scorer": "exact_answer", "max_new_tokens": 8, "batch_size": 10, "max_length": 64}
+    job = spec("evaluate", "eval", {"sft": sft_adapter, "policy": sft_adapter}, **config)
+    result = evaluate.main(job)
+    lines = [json.loads(line) for line in (job.output / "samples.jsonl").open()]
+    by_model = {name: [line for line in lines if line["model"] == name] for name in ("base", "sft", "policy")}
+    assert {name: [line["row"] for line in own] for name, own in by_model.items()} == {n: list(range(24)) for n in by_model}
+    assert [line["completion"] for line in by_model["sft"]] == [line["completion"] for line in by_model["policy"]]
+    assert [line["completion"] for line in by_model["base"]] != [line["completion"] for line in by_model["sft"]]
+    for name, own in by_model.items():
+        right = sum(line["completion"].split() == line["answer"].split() for line in own)
+        assert result.metrics[f"accuracy/{name}"] == pytest.approx(right / 24)
+
+
+def test_evaluate_of_pairs_prefers_what_the_model_was_trained_to_say(spec, sft_adapter):
+    from tasks.jobs import evaluate
+
+    config = {"metric": "preference_accuracy", "scorer": "exact_answer", "max_new_tokens": 8, "batch_size": 8, "max_length": 64}
+    result = evaluate.main(spec("evaluate", "preference", {"policy": sft_adapter}, **config))
+    assert set(result.metrics) == {"preference_accuracy/base", "preference_accuracy/policy"}
+    assert all(0 <= value <= 1 for value in result.metrics.values())
+
+
+@pytest.fixture
+def merged(spec, sft_adapter):
+    from tasks.jobs import merge
+
+    job = spec("merge", None, {"policy": sft_adapter})
+    return job, merge.main(job)
+
+
+def test_merge_equals_base_plus_scaled_b_a_in_every_adapted_tensor(merged, made, sft_adapter):
+    job, result = merged
+    base, whole = load_file(made / "base_model" / "model.safetensors"), load_file(job.output / "model.safetensors")
+    adapter, scale = adapter_of(sft_adapter), LORA["lora_alpha"] / LORA["r"]
+    for name, tensor in base.items():
+        stem = f"base_model.model.{name.removesuffix('.weight')}"
+        if f"{stem}.lora_A.weight" in adapter:
+            tensor = tensor + scale * adapter[f"{stem}.lora_B.weight"] @ adapter[f"{stem}.lora_A.weight"]
+        assert torch.allclose(whole[name], tensor, atol=1e-6), name
+    assert result.metrics["num_adapted"] == sum("lora_A" in name for name in adapter)
+
+
+def test_merge_of_an_untrained_adapter_is_refused(spec, sft_adapter, tmp_path):
+    import shutil
+
+    from tasks.jobs import merge
+
+    untrained = tmp_path / "untrained"
+    shutil.copytree(sft_adapter, untrained)
+    tensors = adapter_of(untrained)
+    zeroed = {name: torch.zeros_like(t) if "lora_B" in name else t for name, t in tensors.items()}
+    save_file(zeroed, untrained / "adapter_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RuntimeError, match="trained nothing"):
+        merge.main(spec("merge", None, {"policy": str(untrained)}))
+
+
+def test_merge_of_an_adapter_of_another_base_is_refused(spec, sft_adapter, made, tmp_path):
+    import shutil
+
+    from tasks.jobs import merge
+
+    other = tmp_path / "other_base"
+    shutil.copytree(made / "base_model", other)
+    with pytest.raises(RuntimeError, match="was trained on"):
+        merge.main(spec("merge", None, {"policy": sft_adapter, "base_model": str(other)}))
+
+
+EXPORT = {"max_model_len": 64, "num_probes": 8, "max_new_tokens": 8, "startup_timeout_seconds": 300}
+CARD = {"profile": "test", "description": "", "base_model": "tiny", "licence": None, "metrics": {"accuracy/policy": 0.5}}
+
+
+@pytest.mark.timeout(600)
+def test_export_is_served_by_vllm_and_answers_like_the_trained_policy(spec, sft_adapter, merged):
+    from tasks.jobs import export
+
+    inputs = {"policy": sft_adapter, "merge": str(merged[0].output)}
+    job = spec("export", "eval", inputs, **EXPORT, card=CARD)
+    result = export.main(job)
+    assert result.metrics["greedy_match_ratio"] == 1.0
+    assert not list(job.output.glob("*.bin")) and (job.output / "model.safetensors").is_file()
+
+
+@pytest.mark.timeout(600)
+def test_export_of_the_base_instead_of_the_policy_is_caught_by_its_answers(spec, sft_adapter, made):
+    from tasks.jobs import export
+
+    inputs = {"policy": sft_adapter, "merge": str(made / "base_model")}
+    with pytest.raises(RuntimeError, match="not the trained policy"):
+        export.main(spec("export", "eval", inputs, **EXPORT, card=CARD))

@@ -1,0 +1,107 @@
+"""What can change a stage's result is in its identity, and nothing else is."""
+
+from dataclasses import replace
+
+import pytest
+
+from profiles.load import load
+from profiles.schema import Profile
+from tasks.artifacts import Artifact
+from tasks.evaluate_policy import evaluate_stage
+from tasks.export_vllm import export_stage
+from tasks.fingerprints import fingerprint
+from tasks.merge_lora import merge_stage
+from tasks.train_policy import policy_stage
+from tasks.train_reward_model import reward_model_stage
+from tasks.train_sft import sft_stage
+
+
+def artifact(stage: str, digest: str = "") -> Artifact:
+    return Artifact(stage, f"/store/{stage}", stage, digest or f"bytes of {stage}")
+
+
+BASE, SFT, REWARD, POLICY, ROWS, MERGED = (artifact(n) for n in ("base_model", "sft", "reward_model", "grpo", "dataset", "merge"))
+EVALUATION = artifact("evaluate")
+STAGES = {
+    "sft": lambda p, base=BASE: sft_stage(p, base, ROWS),
+    "reward_model": lambda p, base=BASE: reward_model_stage(p, base, ROWS),
+    "policy": lambda p, base=BASE: policy_stage(p, base, SFT, ROWS, REWARD),
+    "evaluate": lambda p, base=BASE: evaluate_stage(p, base, SFT, POLICY, ROWS),
+    "merge": lambda p, base=BASE: merge_stage(p, base, POLICY),
+    "export": lambda p, base=BASE: export_stage(p, base, POLICY, MERGED, ROWS, EVALUATION),
+}
+
+
+@pytest.fixture
+def key(job_environment_with):
+    """Fingerprint a stage of the quickstart with overrides, where its own placement puts it."""
+    python = job_environment_with(torch="2.0", trl="1.0")
+
+    def of(stage: str, *overrides: str, base: Artifact = BASE, python: str = python) -> str:
+        profile: Profile = load("quickstart", list(overrides))
+        placement = profile.placement.of(stage).model_copy(update={"python": python})
+        return fingerprint(STAGES[stage](profile, base).identity(placement))
+
+    return of
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["placement.default.tags=[gpu, h200]", "placement.default.accelerate=ddp_8", "placement.default.timeout_seconds=1"],
+        ["placement.default.env={OMP_NUM_THREADS: '2'}"],
+        ["drift.kl_max=9", "drift.patience=9", "drift.entropy_ratio_min=null"],
+        ["gates.accuracy_min=0.9", "gates.better_than=[base]", "gates.p_max=0.01"],
+    ],
+    ids=["placement", "environment", "drift", "gates"],
+)
+def test_identity_does_not_hold_where_a_stage_runs_or_how_it_is_judged(stage, overrides, key):
+    assert key(stage, *overrides) == key(stage)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_identity_of_another_seed_is_another(stage, key):
+    assert key(stage, "recipe.seed=99") != key(stage)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_identity_of_a_base_model_with_other_bytes_is_another(stage, key):
+    assert key(stage, base=replace(BASE, digest="other bytes")) != key(stage)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_identity_of_a_base_model_elsewhere_is_the_same(stage, key):
+    assert key(stage, base=replace(BASE, path="/elsewhere")) == key(stage)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_identity_with_another_library_version_is_another(stage, key, job_environment_with):
+    assert key(stage, python=job_environment_with("newer", torch="2.1", trl="1.0")) != key(stage)
+    assert key(stage, python=job_environment_with("same", torch="2.0", trl="1.0")) == key(stage)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_identity_in_another_dtype_is_another(stage, key):
+    assert key(stage, "recipe.base_model.dtype=bfloat16") != key(stage)
+
+
+@pytest.mark.parametrize(
+    ("override", "changed"),
+    [
+        ("recipe.sft.args.learning_rate=1e-6", {"sft"}),
+        ("recipe.sft.lora.r=4", {"sft"}),
+        ("recipe.reward_model.eval_ratio=0.3", {"reward_model"}),
+        ("recipe.reward_model.args.learning_rate=1e-6", {"reward_model"}),
+        ("recipe.policy.args.beta=0.3", {"policy"}),
+        ("recipe.policy.rollouts=transformers", {"policy"}),
+        ("recipe.policy.reward_functions=[{name: exact_answer}, {name: reward_model}]", {"policy"}),
+        ("recipe.evaluate.max_new_tokens=99", {"evaluate"}),
+        ("recipe.evaluate.scorer=near_answer", {"evaluate"}),
+        ("recipe.export.num_probes=3", {"export"}),
+        ("recipe.base_model.licence=mit", {"export"}),
+    ],
+)
+def test_setting_of_one_stage_changes_the_identity_of_that_stage_only(override, changed, key):
+    """What follows is rebuilt through its inputs' digests, and only if the bytes did change."""
+    assert {stage for stage in STAGES if key(stage, override) != key(stage)} == changed

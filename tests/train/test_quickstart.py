@@ -1,0 +1,223 @@
+"""The promise of the README, kept: the quickstart from nothing, what it says of itself, and every way it can stop.
+
+One home folder serves all tests here: each further run pays only for the stages that it changes.
+"""
+
+import json
+import os
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+POSTTRAIN = Path(sys.prefix) / "bin" / "posttrain"
+DATA = ["validate-eval", "validate-sft", "validate-preference", "validate-prompts"]
+STAGES = ["prepare", *DATA, "sft", "reward_model", "grpo", "evaluate", "merge", "export"]
+pytestmark = [pytest.mark.train, pytest.mark.timeout(1200)]
+
+
+class Home:
+    """A home folder, and the command line on it."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.env = os.environ | {"POSTTRAIN_HOME": str(folder)}
+
+    def run(self, profile: str, *overrides: str) -> tuple[dict, subprocess.CompletedProcess]:
+        sets = [part for override in overrides for part in ("--set", override)]
+        done = subprocess.run([POSTTRAIN, "run", profile, *sets, "--json"], env=self.env, capture_output=True, text=True)
+        assert "Traceback" not in done.stderr, done.stderr
+        return json.loads(done.stdout) if done.stdout else {}, done
+
+    def mlflow(self, query: str, *values: str) -> list[tuple]:
+        with sqlite3.connect(self.folder / ".mlflow" / "mlflow.db") as database:
+            return database.execute(query, values).fetchall()
+
+    def prefect(self, query: str) -> list[tuple]:
+        with sqlite3.connect(self.folder / ".prefect" / "prefect.db") as database:
+            return database.execute(query).fetchall()
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Home:
+    return Home(tmp_path_factory.mktemp("home"))
+
+
+@pytest.fixture(scope="module")
+def first(home) -> dict:
+    summary, done = home.run("quickstart")
+    assert done.returncode == 0, done.stderr
+    return summary
+
+
+def statuses(summary: dict) -> dict[str, str]:
+    return {stage["stage"]: stage["status"] for stage in summary["stages"]}
+
+
+def policy_beats_sft_beats_base(summary: dict) -> bool:
+    """No two of the three 95 % intervals overlap."""
+    base, sft, policy = (summary["metrics"]["accuracy"][name] for name in ("base", "sft", "policy"))
+    return base["high"] < sft["low"] and sft["high"] < policy["low"]
+
+
+def test_quickstart_from_nothing_learns_and_ends_in_a_served_export(first):
+    assert statuses(first) == dict.fromkeys(STAGES, "ran")
+    assert (first["status"], first["exit_code"], first["gate"]["passed"]) == ("completed", 0, True)
+    assert policy_beats_sft_beats_base(first)
+    parity = json.loads((Path(first["export"]) / "parity.json").read_text())
+    assert parity["greedy_match_ratio"] == 1.0 and parity["num_probes"] == 32
+    assert (Path(first["export"]) / "model.safetensors").is_file()
+    assert "<html" in (text := Path(first["report"]).read_text().lower()) or "<!doctype html>" in text
+
+
+def test_quickstart_summary_on_disk_is_the_one_printed(first, home):
+    on_disk = json.loads((home.folder / "quickstart" / first["run_id"] / "summary.json").read_text())
+    assert on_disk == first
+    for stage in first["stages"]:
+        assert {"stage", "status", "fingerprint", "seconds", "artifact", "mlflow_run_id"} <= set(stage)
+
+
+def test_quickstart_rollouts_came_from_vllm_and_its_weights_were_the_policys(first):
+    grpo = next(stage for stage in first["stages"] if stage["stage"] == "grpo")
+    manifest = json.loads((Path(grpo["artifact"]) / "manifest.json").read_text())
+    assert manifest["artifact"]["details"]["rollouts"] == "vllm"
+    # with a weight sync that does nothing this grows to whole nats as the policy leaves its start
+    assert grpo["metrics"]["sampling/sampling_logp_difference/mean"] < 1e-3
+
+
+def test_quickstart_mlflow_has_one_parent_and_one_finished_child_per_stage_with_trl_keys(first, home):
+    children = home.mlflow(
+        "select r.run_uuid, r.name, r.status from runs r join tags t on t.run_uuid = r.run_uuid "
+        "where t.key = 'mlflow.parentRunId' and t.value = ?", first["mlflow_run_id"],
+    )  # fmt: skip
+    assert Counter(name for _, name, _ in children) == Counter(STAGES)
+    assert {status for *_, status in children} == {"FINISHED"}
+    assert home.mlflow("select status from runs where run_uuid = ?", first["mlflow_run_id"]) == [("FINISHED",)]
+    grpo = next(run_id for run_id, name, _ in children if name == "grpo")
+    steps = dict(home.mlflow("select key, count(*) from metrics where run_uuid = ? group by key", grpo))
+    assert steps["reward"] == steps["kl"] == steps["entropy"] == 100  # max_steps, one line each: no rank wrote twice
+
+
+def test_quickstart_again_trains_nothing_and_is_cached_in_prefect(first, home):
+    before = home.mlflow("select count(*) from runs")[0][0]
+    summary, done = home.run("quickstart")
+    assert done.returncode == 0
+    assert statuses(summary) == dict.fromkeys(STAGES, "cached")
+    assert [s["fingerprint"] for s in summary["stages"]] == [s["fingerprint"] for s in first["stages"]]
+    assert summary["metrics"] == first["metrics"] and summary["export"] == first["export"]
+    assert home.mlflow("select count(*) from runs")[0][0] == before + 1  # the parent alone
+    names = Counter(name for (name,) in home.prefect("select state_name from task_run order by created desc limit 11"))
+    assert names == {"Cached": 11}
+
+
+def test_quickstart_damaged_artifact_is_rebuilt_and_said_so(first, home):
+    merged = next(stage for stage in first["stages"] if stage["stage"] == "merge")
+    weights = Path(merged["artifact"]) / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    summary, done = home.run("quickstart")
+    assert done.returncode == 0 and "damaged" in done.stderr
+    # the merge is deterministic: its bytes are the old ones again, so the export that follows is still a hit
+    assert statuses(summary) == dict.fromkeys(STAGES, "cached") | {"merge": "ran"}
+
+
+def test_quickstart_plan_names_the_field_that_differs(first, home):
+    command = [POSTTRAIN, "plan", "quickstart", "--set", "recipe.policy.args.beta=0.3"]
+    done = subprocess.run(command, env=home.env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = {line.split()[0]: line for line in done.stdout.splitlines() if line.strip()}
+    assert "run" in rows["grpo"] and "recipe.args.beta 0.2 → 0.3" in rows["grpo"]
+    assert "cached" in rows["sft"] and "run" in rows["evaluate"]
+
+
+def test_quickstart_dpo_shares_the_sft_and_learns_too(first, home):
+    summary, done = home.run("quickstart-dpo")
+    assert done.returncode == 0, done.stderr
+    now = statuses(summary)
+    assert now["sft"] == "cached" and now["dpo"] == now["export"] == "ran" and now["reward_model"] == "skipped"
+    assert policy_beats_sft_beats_base(summary)
+
+
+def outcome(home: Home, summary: dict) -> tuple[str, str]:
+    """Return what MLflow and Prefect say of a run."""
+    status = home.mlflow("select status from runs where run_uuid = ?", summary["mlflow_run_id"])[0][0]
+    states = dict(home.prefect("select id, state_name from flow_run"))
+    return status, states[summary["prefect_flow_run_id"]]
+
+
+def test_gate_failed_exits_6_and_releases_nothing(first, home):
+    summary, done = home.run("quickstart", "gates.accuracy_min=0.999")
+    assert done.returncode == summary["exit_code"] == 6
+    assert summary["gate"]["passed"] is False and "0.999" in summary["gate"]["reasons"][0]
+    assert summary["export"] is None and statuses(summary)["merge"] == "skipped"
+    assert outcome(home, summary) == ("FINISHED", "Failed")
+
+
+def test_drift_halted_exits_5_and_nothing_downstream_runs(first, home):
+    summary, done = home.run("quickstart", "recipe.policy.args.learning_rate=0.01", "drift.kl_max=0.1")
+    assert done.returncode == summary["exit_code"] == 5
+    assert "kl" in summary["error"] and "0.1" in summary["error"]
+    assert statuses(summary)["grpo"] == "failed" and statuses(summary)["evaluate"] == "skipped"
+    assert outcome(home, summary) == ("FAILED", "Failed")
+
+
+def test_contract_broken_exits_3_before_any_training(first, home, tmp_path):
+    rows = [{"prompt": f"Sort: {i}21", "completion": "" if i == 3 else f"12{i}"} for i in range(20)]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    summary, done = home.run("quickstart", "recipe.datasets.sft.prepared=null", f"recipe.datasets.sft.path={data}")
+    assert done.returncode == summary["exit_code"] == 3
+    assert statuses(summary)["validate-sft"] == "failed" and statuses(summary)["sft"] == "skipped"
+    assert outcome(home, summary) == ("FAILED", "Failed")
+
+
+def test_job_failed_exits_4_with_the_root_cause_and_no_half_artifact(first, home):
+    summary, done = home.run("quickstart", "recipe.export.max_model_len=8")
+    assert done.returncode == summary["exit_code"] == 4
+    assert "rank 0" in summary["error"] and "Log: " in summary["error"]
+    exports = home.folder / ".store" / "export"
+    assert {path.name for path in exports.iterdir()} == {Path(first["export"]).name, *dpo_exports(home)}
+    assert outcome(home, summary) == ("FAILED", "Failed")
+
+
+def dpo_exports(home: Home) -> set[str]:
+    summaries = [json.loads(path.read_text()) for path in (home.folder / "quickstart-dpo").glob("*/summary.json")]
+    return {Path(summary["export"]).name for summary in summaries if summary["export"]}
+
+
+def test_interrupt_in_training_exits_130_leaves_no_process_and_the_next_run_goes_on(first, home):
+    """Ctrl-C, as the terminal sends it: to every process of the foreground group."""
+    command = [POSTTRAIN, "run", "quickstart", "--set", "recipe.policy.args.learning_rate=0.0001", "--json"]
+    process = subprocess.Popen(
+        command, env=home.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    runs = home.folder / "quickstart"
+    known = set(runs.iterdir())
+    end = time.monotonic() + 300
+    while not any((path / "grpo" / "metrics.jsonl").is_file() for path in set(runs.iterdir()) - known):
+        assert process.poll() is None and time.monotonic() < end, process.communicate()
+        time.sleep(0.2)
+    os.killpg(process.pid, signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    summary = json.loads(output)
+    assert (summary["status"], summary["exit_code"]) == ("cancelled", 130)
+    assert outcome(home, summary) == ("KILLED", "Cancelled")
+    left = subprocess.run(["pgrep", "-f", str(home.folder)], capture_output=True, text=True).stdout.split()
+    assert not left
+
+
+@pytest.mark.parametrize("seed", [2, 3])
+def test_quickstart_learns_on_other_seeds(seed, tmp_path):
+    home = Home(tmp_path)
+    summary, done = home.run("quickstart", f"recipe.seed={seed}")
+    assert done.returncode == 0, done.stderr
+    assert policy_beats_sft_beats_base(summary)
+    shutil.rmtree(tmp_path)
