@@ -10,9 +10,9 @@ from typing import Annotated, Any
 
 import typer
 
-from tasks import guard
 from tasks.environment import refuse_full_disk
 from tasks.errors import PipelineError, RunCancelled
+from tasks.guard import guarded
 
 GUARDED = "POSTTRAIN_GUARDED"  # set in the process that the guard runs
 GRACE_SECONDS = 25  # a job's own grace is 15 s, then the run still writes what became of it
@@ -106,18 +106,7 @@ def _run_guarded() -> int:
     run could say that it was cancelled. So it only reaches this process, which asks once, and the second time kills. However
     this process dies, the guard ends the run, its server and its jobs.
     """
-    command = [
-        sys.executable,
-        "-S",
-        "-E",
-        guard.__file__,
-        str(GRACE_SECONDS),
-        "--",
-        sys.executable,
-        "-m",
-        "flows.cli",
-        *sys.argv[1:],
-    ]
+    command = guarded([sys.executable, "-P", "-m", "flows.cli", *sys.argv[1:]], GRACE_SECONDS)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     process = subprocess.Popen(command, stdin=subprocess.PIPE, env=os.environ | {GUARDED: "1"}, start_new_session=True)

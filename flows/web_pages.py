@@ -8,9 +8,9 @@ import sys
 import time
 import urllib.request
 
-from tasks import guard
 from tasks.environment import home
 from tasks.errors import MachineUnfit
+from tasks.guard import guarded
 from tasks.monitoring import mlflow_runs
 
 GRACE_SECONDS = 5.0
@@ -67,10 +67,14 @@ def _start(command: list[str], settings: dict[str, str]) -> subprocess.Popen:
     """Start a server under the guard: whatever happens to this process, the server does not outlive it."""
     log = home() / ".servers.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    guarded = [sys.executable, "-S", "-E", guard.__file__, str(GRACE_SECONDS), "--", *command]
     with log.open("ab") as output:
         return subprocess.Popen(
-            guarded, stdin=subprocess.PIPE, stdout=output, stderr=output, env=os.environ | settings, start_new_session=True
+            guarded(command, GRACE_SECONDS),
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=output,
+            env=os.environ | settings,
+            start_new_session=True,
         )
 
 

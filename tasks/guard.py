@@ -20,6 +20,11 @@ PR_SET_CHILD_SUBREAPER = 36
 SETTLE_SECONDS = 2.0  # what a finished command's helpers get to end by themselves
 
 
+def guarded(command: list[str], grace_seconds: float) -> list[str]:
+    """Return the command line that runs `command` under the guard; start it with a pipe for standard input."""
+    return [sys.executable, "-S", "-E", __file__, str(grace_seconds), "--", *command]
+
+
 def main(grace_seconds: float, command: list[str]) -> int:
     """Return the command's exit code, as a shell would report it, when no descendant is alive any more."""
     if sys.platform == "linux":

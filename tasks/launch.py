@@ -15,12 +15,13 @@ from typing import Any
 
 from profiles.load import accelerate_file
 from profiles.schema import StagePlacement
-from tasks import guard
 from tasks.errors import DriftHalted, JobFailed, MachineUnfit, RunCancelled
 from tasks.fingerprints import PROJECT
+from tasks.guard import guarded
 from tasks.job_spec import JobResult, JobSpec
 
 log = logging.getLogger("posttrain.job")
+ALWAYS = {"PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
 POLL_SECONDS = 0.2
 GRACE_SECONDS = 15.0  # Prefect kills a cancelled flow 30 s after asking: everything of ours must have ended by then
 SHIPPED_LINES = 200  # log lines per second that reach Prefect; all of them are in the log file
@@ -64,17 +65,18 @@ def _command(spec: JobSpec, placement: StagePlacement) -> list[str]:
     python, config = str(job_python(placement)), str(accelerate_file(placement.accelerate))
     accelerate = [python, "-m", "accelerate.commands.launch", "--config_file", config]
     job = ["--module", spec.module, str(spec.work / "job.json")]
-    return [sys.executable, "-S", "-E", guard.__file__, str(GRACE_SECONDS), "--", *accelerate, *job]
+    return guarded([*accelerate, *job], GRACE_SECONDS)
 
 
 def job_environment(placement: StagePlacement) -> dict[str, str]:
     """Return the job's environment: ours, without what would make it load this environment's packages.
 
-    From a checkout the job imports `tasks` from there; an installed project is installed in the job environment too.
+    From a checkout the job imports `tasks` from there; an installed project is installed in the job environment too. The
+    working directory is not searched: a folder `tasks` or `datasets` of the user's would be imported for ours.
     """
     kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONHOME", "PYTHONPATH", "VIRTUAL_ENV")}
     checkout = {"PYTHONPATH": str(PROJECT)} if (PROJECT / "pyproject.toml").is_file() else {}
-    return kept | checkout | {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"} | placement.env
+    return kept | checkout | ALWAYS | placement.env
 
 
 @contextmanager

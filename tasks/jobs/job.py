@@ -24,7 +24,8 @@ class Halted(Exception):
 def run(main: Callable[[JobSpec], JobResult]) -> None:
     """Run `main` on the spec that the command line names, and exit as the pipeline expects."""
     spec = JobSpec.model_validate_json(Path(sys.argv[1]).read_text())
-    rank = int(os.environ.get("RANK", "0"))
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    print(f"{spec.stage}: rank {rank}, world size {world_size}", flush=True)
     try:
         result = main(spec)
     except Halted as halt:

@@ -183,7 +183,8 @@ def related_batch(tokenizer: Any, rng: random.Random, settings: dict[str, Any], 
         digits = rng.choices(DIGITS, k=rng.randint(settings["digits_min"], settings["digits_max"]))
         prompts.append(f"<|im_start|>user\n{verb} {''.join(digits)}<|im_end|>\n<|im_start|>assistant\n")
         answers.append(f"{''.join(RELATED[verb](digits))}<|im_end|>")
-    batch = tokenizer([*map("".join, zip(prompts, answers, strict=True))], padding=True, padding_side="right", return_tensors="pt")
+    texts = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
+    batch = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
     num_prompt_tokens = [len(ids) for ids in tokenizer(prompts)["input_ids"]]
     positions = torch.arange(batch["input_ids"].shape[1])
     is_answer = (positions >= torch.tensor(num_prompt_tokens)[:, None]) & batch["attention_mask"].bool()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tasks import guard
+from tasks.guard import guarded
 
 PROJECT = Path(__file__).resolve().parents[2]
 pytestmark = [pytest.mark.server, pytest.mark.timeout(300)]
@@ -27,7 +27,7 @@ def server(tmp_path):
         "PREFECT_SERVER_API_PORT": str(port),
         "PREFECT_API_URL": f"http://127.0.0.1:{port}/api",
     }
-    command = [sys.executable, "-S", "-E", guard.__file__, "5", "--", sys.executable, "-m", "prefect", "server", "start"]
+    command = guarded([sys.executable, "-m", "prefect", "server", "start"], 5)
     with (tmp_path / "server.log").open("wb") as log:
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=env, start_new_session=True)
     end = time.monotonic() + 120

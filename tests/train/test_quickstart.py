@@ -16,6 +16,10 @@ from pathlib import Path
 
 import pytest
 
+from profiles.schema import StagePlacement
+from tasks.job_spec import JobSpec
+from tasks.launch import launch
+
 POSTTRAIN = Path(sys.prefix) / "bin" / "posttrain"
 DATA = ["validate-eval", "validate-sft", "validate-preference", "validate-prompts"]
 STAGES = ["prepare", *DATA, "sft", "reward_model", "grpo", "evaluate", "merge", "export"]
@@ -212,6 +216,30 @@ def test_interrupt_in_training_exits_130_leaves_no_process_and_the_next_run_goes
     assert outcome(home, summary) == ("KILLED", "Cancelled")
     left = subprocess.run(["pgrep", "-f", str(home.folder)], capture_output=True, text=True).stdout.split()
     assert not left
+
+
+def artifact(summary: dict, stage: str) -> str:
+    return next(record["artifact"] for record in summary["stages"] if record["stage"] == stage)
+
+
+def test_two_processes_log_each_step_once_and_leave_one_adapter(first, tmp_path):
+    """Equal work: 2 ranks x batch 16 see the rows of 1 x 32, so the first loss is the mean of both ranks' and finite."""
+    output, work = tmp_path / "output", tmp_path / "work"
+    output.mkdir()
+    work.mkdir()
+    args = {"max_steps": 4, "per_device_train_batch_size": 16, "learning_rate": 1e-3, "gradient_checkpointing": False}
+    lora = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0, "target_modules": "all-linear", "use_rslora": False}
+    spec = JobSpec(
+        stage="sft", module="tasks.jobs.sft", seed=1, output=output, work=work,
+        inputs={"base_model": f"{artifact(first, 'prepare')}/base_model", "rows": artifact(first, "validate-sft")},
+        config={"dtype": "float32", "revision": None, "lora": lora, "args": args},
+    )  # fmt: skip
+    seen: list[dict] = []
+    environment = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    result = launch(spec, StagePlacement(accelerate="cpu_ddp_2", env=environment), seen.extend)
+    assert [line["step"] for line in seen if "loss" in line["metrics"]] == [1, 2, 3, 4]
+    assert result.status == "done" and (output / "adapter_model.safetensors").is_file()
+    assert "world size 2" in (work / "log.txt").read_text()
 
 
 @pytest.mark.parametrize("seed", [2, 3])

@@ -49,7 +49,7 @@ def test_corridor_is_left_when_each_of_the_last_values_lies_beyond_it(last, beyo
 
 def test_kl_above_its_limit_halts_at_the_step_where_patience_ends():
     """No smoothing: steps 3, 4, 5 are the first three in a row above 0.5."""
-    found = first_breach("kl", [0.1, 0.9, 0.2 + 0.4, 0.7, 0.8, 0.9][0:1] + [0.1, 0.6, 0.7, 0.8, 0.9], limits(kl_max=0.5))
+    found = first_breach("kl", [0.1, 0.1, 0.6, 0.7, 0.8, 0.9], limits(kl_max=0.5))
     assert (found.signal, found.step, found.value, found.limit, found.patience) == ("kl", 5, 0.8, 0.5, 3)
 
 
