@@ -3,8 +3,10 @@
 The job environment (torch, no prefect) runs `tests/jobs` and nothing else; the orchestrator's runs the rest.
 """
 
+import atexit
 import importlib.util
 import os
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -21,6 +23,7 @@ sys.path.insert(0, str(PROJECT))
 # `import tasks` and `import prefect` read these once, before any fixture runs; no test may ever see a real run's folder.
 os.environ["POSTTRAIN_HOME"] = tempfile.mkdtemp(prefix="posttrain-tests-")
 os.environ["PREFECT_HOME"] = os.environ["POSTTRAIN_HOME"] + "/.prefect"
+atexit.register(shutil.rmtree, os.environ["POSTTRAIN_HOME"], ignore_errors=True)
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
@@ -39,6 +42,6 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "home"
     monkeypatch.setenv("POSTTRAIN_HOME", str(folder))
     monkeypatch.setenv("PREFECT_HOME", str(folder / ".prefect"))
-    for name in ("PREFECT_API_URL", "MLFLOW_TRACKING_URI"):
+    for name in ("PREFECT_API_URL", "MLFLOW_TRACKING_URI", "POSTTRAIN_GUARDED"):
         monkeypatch.delenv(name, raising=False)
     return folder

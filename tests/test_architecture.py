@@ -108,7 +108,7 @@ def installed_modules() -> set[str]:
 
 @pytest.mark.parametrize("path", [*below("flows/"), *(p for p in below("tasks/") if p not in JOBS)], ids=name_of)
 def test_module_is_not_named_like_an_installed_one(path):
-    """A file started by its path (tasks/guard.py is) puts its folder first on sys.path: a twin there would be imported instead."""
+    """tasks/guard.py is started by its path, which puts tasks/ first on sys.path: a twin there would be imported instead."""
     if path.stem != "__init__":
         assert path.stem not in installed_modules()
 

@@ -62,10 +62,14 @@ def test_command_asked_for_help_explains_itself(command, posttrain):
     ],
     ids=["missing profile", "missing file", "unknown key", "no value", "wrong type", "beta", "reward", "accelerate"],
 )
-@pytest.mark.parametrize("command", ["run", "plan"])
-def test_profile_that_is_wrong_is_refused_before_anything_starts(command, arguments, named, posttrain, home):
-    assert_refused(posttrain(command, *arguments), 2, *named)
+def test_run_of_a_profile_that_is_wrong_is_refused_before_anything_starts(arguments, named, posttrain, home):
+    assert_refused(posttrain("run", *arguments), 2, *named)
     assert runs_in(home) == []
+
+
+@pytest.mark.parametrize("command", ["plan", "validate"])
+def test_command_on_a_misspelt_profile_is_refused_with_its_neighbour(command, posttrain):
+    assert_refused(posttrain(command, "quikstart"), 2, "'quikstart'", "quickstart")
 
 
 def test_profile_with_broken_yaml_is_refused_by_its_path_and_line(posttrain, tmp_path):
@@ -94,14 +98,17 @@ def test_plan_without_a_job_environment_is_refused_with_the_way_out(posttrain, t
     assert_refused(done, 4, "nowhere", "make install")
 
 
-def test_plan_in_a_home_that_cannot_be_written_is_refused_with_the_way_out(posttrain, job_python, tmp_path):
+@pytest.mark.parametrize("command", ["plan", "run"])
+def test_home_that_cannot_be_written_is_refused_with_the_way_out(command, posttrain, job_python, tmp_path):
     (tmp_path / "file").write_text("in the way")
     place = str(tmp_path / "file" / "home")
-    done = posttrain("plan", "quickstart", POSTTRAIN_JOB_PYTHON=job_python("[]"), POSTTRAIN_HOME=place, PREFECT_HOME=place)
+    done = posttrain(command, "quickstart", POSTTRAIN_JOB_PYTHON=job_python("[]"), POSTTRAIN_HOME=place, PREFECT_HOME=place)
     assert_refused(done, 4, place, "POSTTRAIN_HOME")
 
 
-@pytest.mark.xfail(strict=True, reason="a NaN or date in args reaches tasks/fingerprints.py:canonical: a traceback and exit code 1")
+@pytest.mark.xfail(
+    strict=True, reason="a NaN or date in args reaches tasks/fingerprints.py:canonical: a traceback and exit code 1"
+)
 @pytest.mark.parametrize("value", [".nan", ".inf", "2026-11-22"])
 def test_plan_with_a_value_that_has_no_canonical_form_is_refused_by_its_setting(value, posttrain, job_python):
     override = f"recipe.sft.args.learning_rate={value}"
@@ -161,19 +168,24 @@ def test_validate_of_a_wrong_kind_is_refused_with_those_there_are(posttrain, row
     assert_refused(done, 2, "--kind", "'preferences'", "prompt_completion", "language_modeling")
 
 
-@pytest.mark.xfail(strict=True, reason="flows/validation.py:of_file lets pydantic's ValidationError through: a traceback and exit code 1")
+@pytest.mark.xfail(
+    strict=True, reason="flows/validation.py:of_file lets pydantic's ValidationError through: a traceback and exit code 1"
+)
 def test_validate_of_a_wrong_layout_is_refused_with_those_there_are(posttrain, rows_file):
     done = posttrain("validate", "--kind", "preference", "--data", rows_file(PAIRS), "--layout", "sharegtp")
     assert_refused(done, 2, "sharegtp", "sharegpt")
 
 
-@pytest.mark.parametrize("arguments", [[], ["quickstart", "--kind", "eval", "--data", "x"], ["--data", "x"], ["--kind", "eval"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["quickstart", "--kind", "eval", "--data", "x"], ["--data", "x"], ["--kind", "eval"]]
+)
 def test_validate_of_neither_or_both_is_refused_with_what_to_give(arguments, posttrain):
     assert_refused(posttrain("validate", *arguments), 2, "--kind", "--data")
 
 
-def test_validate_of_a_profile_whose_rows_are_made_in_the_run_says_so(posttrain):
-    assert_refused(posttrain("validate", "quickstart"), 2, "posttrain run quickstart")
+def test_validate_of_a_profile_whose_rows_are_made_in_the_run_says_so(posttrain, job_python):
+    done = posttrain("validate", "quickstart", POSTTRAIN_JOB_PYTHON=job_python("[]"))
+    assert_refused(done, 2, "posttrain run quickstart")
 
 
 # --- ui and doctor ----------------------------------------------------------------------------------------------------------
@@ -193,7 +205,9 @@ def test_ui_with_a_port_that_is_taken_is_refused_by_its_option(option, posttrain
     assert_refused(done, 4, option, port)
 
 
-@pytest.mark.xfail(strict=True, reason="flows/web_pages.py:_refuse_taken catches OSError only: an OverflowError's traceback, exit code 1")
+@pytest.mark.xfail(
+    strict=True, reason="flows/web_pages.py:_refuse_taken catches OSError only: an OverflowError's traceback, exit code 1"
+)
 @pytest.mark.parametrize("port", ["70000", "-1"])
 def test_ui_with_a_port_that_cannot_be_is_refused_by_its_option(port, posttrain):
     done = posttrain("ui", "--prefect-port", port)

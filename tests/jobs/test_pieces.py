@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from profiles.load import load, shipped
 from tasks.jobs import without_vllm  # noqa: F401
 
 pytestmark = pytest.mark.job
@@ -101,3 +102,13 @@ def test_choose_rollouts_falls_back_for_a_head_vllm_refuses_and_refuses_where_vl
     assert choose_rollouts(job)[0] == "transformers"
     with pytest.raises(RuntimeError, match="head_dim 8"):
         choose_rollouts(job.model_copy(update={"config": {"rollouts": "vllm", "revision": None}}))
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_shipped_profile_arguments_are_taken_by_trl(name):
+    from tasks.check_profile import question
+    from tasks.jobs.check_args import check_args, check_reward
+
+    asked = question(load(name).recipe)
+    problems = [p for where, (config_class, args) in asked["args"].items() for p in check_args(where, config_class, args)]
+    assert problems + [p for reward in asked["rewards"] if (p := check_reward(reward))] == []

@@ -136,19 +136,36 @@ def test_origin_that_is_not_exactly_one_pinned_place_is_refused(origin, named, s
     assert "recipe.base_model" in text and named in text
 
 
+@pytest.fixture
+def read_argument(smallest, write_profile):
+    """Return what a value spelled so in an `args` block is read as."""
+
+    def read(spelling: str):
+        smallest["recipe"]["policy"]["args"] = {"beta": "SPELLING"}
+        path = write_profile(smallest)
+        Path(path).write_text(Path(path).read_text().replace("SPELLING", spelling))
+        return load(path).recipe.policy.args["beta"]
+
+    return read
+
+
 @pytest.mark.parametrize("spelling", ["1e-4", "1E-4", "1.0e-4", ".1e-3", "+1e-4", "0.0001"])
-def test_number_in_scientific_spelling_is_a_float(spelling, write_profile, smallest):
+def test_number_in_scientific_spelling_is_a_float(spelling, read_argument):
     """YAML 1.1, which PyYAML implements, wants a dot and a sign and reads 1e-4 as text."""
-    path = write_profile(smallest)
-    Path(path).write_text(Path(path).read_text().replace("    method: grpo", f"    args: {{beta: {spelling}}}\n    method: grpo"))
-    assert load(path).recipe.policy.args == {"beta": 1e-4}
+    value = read_argument(spelling)
+    assert isinstance(value, float) and value == 1e-4
 
 
 @pytest.mark.parametrize("spelling", ["e4", "1e", "1e-4x", "v1e4", '"1e-4"'])
-def test_text_that_looks_like_a_number_stays_text(spelling, write_profile, smallest):
-    path = write_profile(smallest)
-    Path(path).write_text(Path(path).read_text().replace("    method: grpo", f"    args: {{x: {spelling}}}\n    method: grpo"))
-    assert load(path).recipe.policy.args == {"x": spelling.strip('"')}
+def test_text_that_looks_like_a_number_stays_text(spelling, read_argument):
+    assert read_argument(spelling) == spelling.strip('"')
+
+
+@pytest.mark.xfail(strict=True, reason="profiles/load.py:_merge keeps the parent's prepared/hub beside the child's path")
+def test_child_that_takes_a_dataset_from_elsewhere_drops_its_parents_origin(write_profile):
+    """As README's example does: a block that names another of path, hub and prepared replaces the old origin."""
+    own = {"recipe": {"datasets": {"eval": {"path": "eval.jsonl", "kind": "eval"}}}}
+    assert load(write_profile({"extends": "quickstart"} | own)).recipe.datasets.eval.path == "eval.jsonl"
 
 
 def test_child_takes_from_its_parent_what_it_does_not_say(smallest, write_profile):

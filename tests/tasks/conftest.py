@@ -1,6 +1,9 @@
-"""A job environment that is a folder: an interpreter's path, and library versions beside it."""
+"""A job environment that is a folder (an interpreter's path, and library versions beside it), and a disk that is soon full."""
 
-from collections.abc import Callable
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -25,3 +28,21 @@ def job_environment_with(tmp_path: Path) -> MakeEnvironment:
         return str(python)
 
     return make
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """Mount a file system of so many KiB; skip where that is not allowed."""
+    folder = tmp_path / "disk"
+
+    def mount(size_kib: int) -> Path:
+        if shutil.which("mount") is None or os.geteuid() != 0:
+            pytest.skip("mounting a small disk needs root")
+        folder.mkdir()
+        if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size_kib}k", "none", folder], capture_output=True).returncode:
+            pytest.skip("no file system can be mounted here")
+        return folder
+
+    yield mount
+    if folder.is_mount():
+        subprocess.run(["umount", folder], check=True)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -121,7 +120,9 @@ MANGLED = {
 }
 
 
-@pytest.mark.xfail(strict=True, reason="tasks/artifacts.py:damage/_read: a manifest that is JSON of a wrong form raises or passes")
+@pytest.mark.xfail(
+    strict=True, reason="tasks/artifacts.py:damage/_read: a manifest that is JSON of a wrong form raises or passes"
+)
 @pytest.mark.parametrize("how", MANGLED)
 def test_artifact_with_a_mangled_manifest_is_not_found(how, store):
     MANGLED[how](Path(build(store).path))
@@ -200,29 +201,17 @@ def test_commit_that_cannot_write_its_manifest_whole_is_refused_and_leaves_nothi
     assert everything_below(tmp_path / "store") == []
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 64 KiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    if shutil.which("mount") is None or os.geteuid() != 0:
-        pytest.skip("mounting a small disk needs root")
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", folder], capture_output=True).returncode:
-        pytest.skip("no file system can be mounted here")
-    yield folder
-    subprocess.run(["umount", folder], check=True)
-
-
 def test_commit_on_a_full_disk_is_refused_and_leaves_nothing(small_disk):
-    store = Store(small_disk / "store")
+    disk = small_disk(64)
+    store = Store(disk / "store")
     with pytest.raises(MachineUnfit) as refused, store.staging("sft", KEY) as staged:
         with (staged / "weights").open("wb", buffering=0) as file, pytest.raises(OSError, match="space"):
             while True:
                 file.write(b"w" * 4096)
         store.commit(staged, Artifact("sft", str(staged), KEY, ""), IDENTITY)
-    assert str(small_disk) in str(refused.value)
+    assert str(disk) in str(refused.value)
     assert store.find("sft", KEY) is None
-    assert everything_below(small_disk) == []
+    assert everything_below(disk) == []
 
 
 # --- base models ----------------------------------------------------------------------------------------------------------

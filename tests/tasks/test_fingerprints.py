@@ -62,12 +62,16 @@ def test_fingerprint_is_twelve_hex_digits():
     assert len(value) == 12 and int(value, 16) >= 0
 
 
-@pytest.mark.parametrize(("one", "other"), [(1, True), (0, False), (1, 1.0), ("1", 1), (None, "null"), ([], {}), ("é", "e\u0301")])
+@pytest.mark.parametrize(
+    ("one", "other"), [(1, True), (0, False), (1, 1.0), ("1", 1), (None, "null"), ([], {}), ("é", "e\u0301")]
+)
 def test_fingerprint_of_values_that_only_look_alike_differs(one, other):
     assert fingerprint({"x": one}) != fingerprint({"x": other})
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), {1, 2}, Path("x"), datetime.date(2026, 1, 1), b"x", object()])
+@pytest.mark.parametrize(
+    "value", [float("nan"), float("inf"), -float("inf"), {1, 2}, Path("x"), datetime.date(2026, 1, 1), b"x", object()]
+)
 def test_value_without_a_canonical_form_is_refused_wherever_it_stands(value):
     for identity in ({"x": value}, {"x": {"y": [1, value]}}):
         with pytest.raises((TypeError, ValueError)):
@@ -167,7 +171,7 @@ def test_tree_digest_sees_a_byte_and_a_name_but_not_the_folder(tmp_path):
     [
         ".cache/x",
         ".DS_Store",
-        pytest.param("sub/.DS_Store", marks=pytest.mark.xfail(strict=True, reason="tasks/fingerprints.py:36 looks at the top only")),
+        pytest.param("sub/.DS_Store", marks=pytest.mark.xfail(strict=True, reason="tree_digest: only hidden at the top")),
     ],
 )
 def test_tree_digest_passes_over_hidden_files(hidden, tmp_path):

@@ -98,5 +98,7 @@ def test_gate_floor_is_held_against_the_lower_end_of_the_interval():
 
 
 def test_gate_gives_every_reason_at_once():
-    verdict = judge({"policy": [0] * 9, "base": [1] * 9, "sft": [1] * 9}, Gates(accuracy_min=0.5, better_than=["base", "sft"]), "accuracy")
+    verdict = judge(
+        {"policy": [0] * 9, "base": [1] * 9, "sft": [1] * 9}, Gates(accuracy_min=0.5, better_than=["base", "sft"]), "accuracy"
+    )
     assert len(verdict.reasons) == 3

@@ -22,8 +22,7 @@ PATIENT = TELL + SLEEPER
 
 
 def guarded(*command: str, grace_seconds: float = GRACE_SECONDS) -> list[str]:
-    """As tasks/launch.py starts it."""
-    return [sys.executable, "-S", "-E", guard.__file__, str(grace_seconds), "--", *command]
+    return guard.guarded(list(command), grace_seconds)
 
 
 def start(command: list[str]) -> subprocess.Popen:
@@ -36,8 +35,8 @@ def python(code: str, *arguments: str) -> list[str]:
 
 def family(folder: Path, *, child: str, grandchild: str, detached: bool) -> list[str]:
     """Return a command that starts `grandchild`, in a session of its own if `detached`, and then is `child`."""
-    code = f"import subprocess, sys; subprocess.Popen([sys.executable, '-S', '-c', {grandchild!r}, sys.argv[1]], start_new_session={detached}); {child}"
-    return python(code, str(folder))
+    born = f"subprocess.Popen([sys.executable, '-S', '-c', {grandchild!r}, sys.argv[1]], start_new_session={detached})"
+    return python(f"import subprocess, sys; {born}; {child}", str(folder))
 
 
 def is_alive(pid: int) -> bool:
@@ -85,7 +84,10 @@ def test_guard_reports_a_command_that_died_of_a_signal_as_a_shell_does(number):
 
 def test_guard_hands_its_output_and_environment_to_the_command():
     process = subprocess.Popen(
-        guarded(*python("import os; print(os.environ['MARK'])")), stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={"MARK": "seen"}
+        guarded(*python("import os; print(os.environ['MARK'])")),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={"MARK": "seen"},
     )
     assert process.stdout.read() == b"seen\n"
     assert process.wait() == 0
@@ -95,7 +97,8 @@ def test_guard_hands_its_output_and_environment_to_the_command():
 def test_guard_that_is_asked_to_end_lets_the_command_finish_its_own_way(number, tmp_path):
     """The command gets TERM, not KILL, and time to save."""
     save = "def save(*_):\n    time.sleep(0.2)\n    open(sys.argv[1] + '/saved', 'w').close()\n    sys.exit(3)\n"
-    code = f"import signal, sys, time\n{save}signal.signal(signal.SIGTERM, save)\nopen(sys.argv[1] + '/ready', 'w').close()\n{SLEEPER}"
+    code = f"import signal, sys, time\n{save}signal.signal(signal.SIGTERM, save)\n"
+    code += f"open(sys.argv[1] + '/ready', 'w').close()\n{SLEEPER}"
     process = start(guarded(*python(code, str(tmp_path)), grace_seconds=10))
     wait_for((tmp_path / "ready").exists)
     process.send_signal(number)

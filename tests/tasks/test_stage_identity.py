@@ -20,7 +20,9 @@ def artifact(stage: str, digest: str = "") -> Artifact:
     return Artifact(stage, f"/store/{stage}", stage, digest or f"bytes of {stage}")
 
 
-BASE, SFT, REWARD, POLICY, ROWS, MERGED = (artifact(n) for n in ("base_model", "sft", "reward_model", "grpo", "dataset", "merge"))
+BASE, SFT, REWARD, POLICY, ROWS, MERGED = (
+    artifact(n) for n in ("base_model", "sft", "reward_model", "grpo", "dataset", "merge")
+)
 EVALUATION = artifact("evaluate")
 STAGES = {
     "sft": lambda p, base=BASE: sft_stage(p, base, ROWS),

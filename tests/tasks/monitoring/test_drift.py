@@ -41,7 +41,9 @@ def test_smoothing_by_one_leaves_a_series_as_it_is():
     assert smoothed([3.0, 1.0, 2.0], 1.0) == [3.0, 1.0, 2.0]
 
 
-@pytest.mark.parametrize(("last", "beyond"), [([2, 2, 2], True), ([2, 2], False), ([2, 1, 2], False), ([1, 2, 2], False), ([0, 2, 2, 2], True)])
+@pytest.mark.parametrize(
+    ("last", "beyond"), [([2, 2, 2], True), ([2, 2], False), ([2, 1, 2], False), ([1, 2, 2], False), ([0, 2, 2, 2], True)]
+)
 def test_corridor_is_left_when_each_of_the_last_values_lies_beyond_it(last, beyond):
     assert out_of_corridor(last, 1.0, 3, above=True) is beyond
     assert out_of_corridor([-v for v in last], -1.0, 3, above=False) is beyond
@@ -120,7 +122,9 @@ def test_breach_names_the_step_that_was_logged_and_not_its_place_in_the_series()
     assert breach({"kl": points}, limits(kl_max=0.5)).step == 30
 
 
-@pytest.mark.parametrize(("signal", "values", "side"), [("kl", [0.9] * 3, "above"), ("entropy", [2.0] * 4 + [0.1] * 3, "below")])
+@pytest.mark.parametrize(
+    ("signal", "values", "side"), [("kl", [0.9] * 3, "above"), ("entropy", [2.0] * 4 + [0.1] * 3, "below")]
+)
 def test_breach_says_which_series_when_by_how_much_and_on_which_side(signal, values, side):
     found = first_breach(signal, values, limits(kl_max=0.5, entropy_ratio_min=0.25))
     text = str(found)

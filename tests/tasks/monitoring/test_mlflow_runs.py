@@ -85,7 +85,9 @@ def test_run_ended_by_ctrl_c_was_killed(client):
     assert client.get_run(closed_by(KeyboardInterrupt())).info.status == "KILLED"
 
 
-@pytest.mark.parametrize("text", ["nul \x00 byte", "half a pair \ud800", "x" * 20_000, ""], ids=["nul", "surrogate", "long", "empty"])
+@pytest.mark.parametrize(
+    "text", ["nul \x00 byte", "half a pair \ud800", "x" * 20_000, ""], ids=["nul", "surrogate", "long", "empty"]
+)
 def test_run_closes_whatever_the_errors_text_is(text, client):
     assert client.get_run(closed_by(JobFailed(text))).info.status == "FAILED"
 
@@ -111,7 +113,9 @@ GRPO_KEYS = [
 
 def test_points_keep_trls_keys_steps_and_times(client):
     run_id = mlflow_runs.open_run("points", "grpo", {})
-    lines = [{"step": s, "time": 100.0 + s, "metrics": {key: s + i / 100 for i, key in enumerate(GRPO_KEYS)}} for s in (1, 2, 3)]
+    lines = [
+        {"step": s, "time": 100.0 + s, "metrics": {key: s + i / 100 for i, key in enumerate(GRPO_KEYS)}} for s in (1, 2, 3)
+    ]
     mlflow_runs.log_points(run_id, lines[:1])
     mlflow_runs.log_points(run_id, lines[1:])
     assert sorted(client.get_run(run_id).data.metrics) == sorted(GRPO_KEYS)
@@ -161,7 +165,8 @@ def test_dataset_is_linked_under_our_own_digest(client):
 
 def test_run_url_names_the_run_where_the_ui_serves_it(client):
     run_id = mlflow_runs.open_run("urls", "x", {})
-    assert mlflow_runs.run_url(run_id) == f"{mlflow_runs.LOCAL_UI}/#/experiments/{client.get_run(run_id).info.experiment_id}/runs/{run_id}"
+    experiment = client.get_run(run_id).info.experiment_id
+    assert mlflow_runs.run_url(run_id) == f"{mlflow_runs.LOCAL_UI}/#/experiments/{experiment}/runs/{run_id}"
 
 
 def test_tracking_uri_of_the_user_is_taken_over_the_local_one(monkeypatch, home):

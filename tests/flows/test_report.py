@@ -1,0 +1,156 @@
+"""The report shows every stage, every number and every text as it is."""
+
+from dataclasses import asdict
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flows import report
+from profiles.load import load
+from tasks.gates import estimate
+from tasks.pipeline_run import PipelineRun, StageRecord
+
+EVIL = "<script>alert('x')</script> & \"more\""
+
+
+class Cells(HTMLParser):
+    """Collects the tags of a page, and the text of each table row's cells as a browser would show it."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.tags: list[str] = []
+        self.rows: list[list[str]] = []
+        self.text = ""
+        self.inside = False
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+            self.inside = True
+        elif tag != "tr":
+            self.inside = False
+
+    def handle_endtag(self, tag):
+        self.inside = False
+
+    def handle_data(self, data):
+        self.text += data
+        if self.inside:
+            self.rows[-1][-1] += data
+
+
+def record(stage: str, status: str = "ran", **facts: Any) -> dict[str, Any]:
+    return asdict(StageRecord(stage, status, **facts))
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> PipelineRun:
+    profile = load("quickstart", [f"description={EVIL!r}"]).model_copy(update={"description": EVIL})
+    return PipelineRun(profile, "20261122-120000-abcd", tmp_path, "mlflow-run")
+
+
+@pytest.fixture
+def summary() -> dict[str, Any]:
+    return {
+        "profile": "quickstart",
+        "status": "failed",
+        "exit_code": 6,
+        "error": f"GateFailed: {EVIL}",
+        "stages": [
+            record("prepare", "cached", fingerprint="aaaaaaaaaaaa"),
+            record("validate-eval", seconds=1.2),
+            record("sft", seconds=12.6, fingerprint="bbbbbbbbbbbb", metrics={"mean_token_accuracy": 0.98765}),
+            record("reward_model", "failed", reason=f"JobFailed: {EVIL}\nLog: /somewhere"),
+            record("grpo", "skipped", reason="an earlier stage stopped the run"),
+        ],
+        "metrics": {"accuracy": {"base": asdict(estimate([0, 0, 0, 1])), "policy": asdict(estimate([1, 1, 1, 0]))}},
+        "gate": {"passed": False, "reasons": [f"accuracy {EVIL}", "p=0.4"]},
+        "export": None,
+    }
+
+
+def test_html_shows_every_stage_with_its_status_seconds_metric_and_fingerprint(run, summary):
+    rows = Cells(report.html(run, summary, {})).rows
+    assert ["prepare", "cached", "", "", "aaaaaaaaaaaa"] in rows
+    assert ["validate-eval", "ran", "1", "", ""] in rows
+    assert ["sft", "ran", "13", "mean_token_accuracy 0.988", "bbbbbbbbbbbb"] in rows
+    assert [row[:2] for row in rows if row[0] in ("reward_model", "grpo")] == [["reward_model", "failed"], ["grpo", "skipped"]]
+
+
+def test_html_shows_every_text_as_it_is_and_none_as_markup(run, summary):
+    page = Cells(report.html(run, summary, {}))
+    assert "script" not in page.tags
+    assert page.text.count("alert('x')") == 4  # description, error, the stage's reason, the gate's reason
+
+
+def test_html_shows_each_models_share_with_its_interval(run, summary):
+    """1 of 4 and 3 of 4; the intervals are Wilson's, derived in tests/tasks/test_gates.py."""
+    rows = Cells(report.html(run, summary, {})).rows
+    for name, scores in (("base", [0, 0, 0, 1]), ("policy", [1, 1, 1, 0])):
+        e = estimate(scores)
+        assert ["accuracy", name, f"{e.value:.3f} [{e.low:.3f}, {e.high:.3f}]", "4"] in rows
+
+
+def test_html_shows_the_gate_and_each_reason(run, summary):
+    text = Cells(report.html(run, summary, {})).text
+    assert "failed" in text and "p=0.4" in text
+    assert "passed" in Cells(report.html(run, summary | {"gate": {"passed": True, "reasons": []}}, {})).text
+
+
+def test_html_of_a_run_that_came_to_nothing_still_is_a_page(run, summary):
+    page = Cells(report.html(run, summary | {"stages": [], "metrics": {}, "gate": None}, {}))
+    assert "quickstart" in page.text
+
+
+def test_html_shows_what_each_model_answers(run, summary, tmp_path):
+    lines = [
+        f'{{"model": "{model}", "row": 0, "prompt": "sort <b>31</b>", "answer": "13", "completion": "{said}", "score": 0}}'
+        for model, said in (("base", "<i>31"), ("policy", "13"))
+    ]
+    (tmp_path / "samples.jsonl").write_text("\n".join(lines) + "\n")
+    evaluated = record("evaluate", artifact=str(tmp_path), metrics={"accuracy/policy": 1.0})
+    page = Cells(report.html(run, summary | {"stages": [evaluated]}, {}))
+    assert ["sort <b>31</b>", "13", "<i>31", "13"] in page.rows
+    assert "b" not in page.tags and "i" not in page.tags
+
+
+def test_html_reaches_for_nothing_outside_itself(run, summary):
+    page = report.html(run, summary, {})
+    assert "http://" not in page and "https://" not in page and "src='/" not in page
+
+
+def test_markdown_has_a_row_for_every_stage_and_the_gates_reasons(run, summary):
+    text = report.markdown(run, summary, {})
+    for stage in summary["stages"]:
+        [row] = [line for line in text.splitlines() if line.startswith(f"| {stage['stage']} |")]
+        assert stage["status"] in row
+    assert "p=0.4" in text and "quickstart" in text
+
+
+@pytest.mark.xfail(strict=True, reason="flows/report.py:markdown does not escape | in a cell: the row has a column too many")
+def test_markdown_row_of_a_reason_with_a_bar_has_as_many_columns_as_the_head(run, summary):
+    failed = record("sft", "failed", reason="JobFailed: learning_rate wants int | None")
+    lines = report.markdown(run, summary | {"stages": [failed], "error": None}, {}).splitlines()
+    head, row = (next(line for line in lines if line.startswith(f"| {name} |")) for name in ("stage", "sft"))
+    assert row.replace("\\|", "").count("|") == head.count("|")
+
+
+@pytest.mark.xfail(
+    strict=True, reason="flows/report.py:markdown quotes the first line of an error only: the rest becomes other Markdown"
+)
+def test_markdown_quotes_every_line_of_an_error(run, summary):
+    error = "ContractBroken: two problems:\nthe first\nthe second"
+    lines = report.markdown(run, summary | {"error": error}, {}).splitlines()
+    assert [line for line in lines if "the second" in line][0].startswith(">")
+
+
+def test_stage_cells_keep_to_one_short_line_each(run):
+    cells = report.stage_cells(record("sft", "failed", reason="first line\nsecond line " + "x" * 500))
+    assert cells[3] == "first line"
+    assert all("\n" not in cell and len(cell) <= 80 for cell in cells)

@@ -1,0 +1,90 @@
+"""What only the job environment knows is asked of it once, and its answer is kept by what was asked."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from profiles.load import load
+from tasks.check_profile import check_profile, load_profile, question
+from tasks.errors import MachineUnfit, ProfileError
+
+
+@pytest.fixture
+def job(tmp_path, monkeypatch):
+    """A job environment that writes down each question and gives a fixed answer."""
+
+    def answering(answer: str, code: int = 0) -> Path:
+        python, asked = tmp_path / "bin" / "python", tmp_path / "asked"
+        python.parent.mkdir(exist_ok=True)
+        python.write_text(
+            f"#!/bin/sh\ncat >> {asked}; echo >> {asked}\necho '{answer}'\necho broken library >&2\nexit {code}\n"
+        )
+        python.chmod(0o755)
+        monkeypatch.setenv("POSTTRAIN_JOB_PYTHON", str(python))
+        return asked
+
+    return answering
+
+
+def questions(asked: Path) -> list[dict]:
+    return [json.loads(line) for line in asked.read_text().splitlines()]
+
+
+def test_check_asks_for_each_stages_arguments_by_its_trl_class(job):
+    profile = load("quickstart")
+    asked = job("[]")
+    check_profile(profile)
+    [question_asked] = questions(asked)
+    classes = {where: name for where, (name, _) in question_asked["args"].items()}
+    assert classes == {"recipe.sft": "SFTConfig", "recipe.reward_model": "RewardConfig", "recipe.policy": "GRPOConfig"}
+    assert question_asked["args"]["recipe.policy"][1] == profile.recipe.policy.args
+    assert question_asked["rewards"] == ["near_answer", "reward_model", "exact_answer"]
+
+
+def test_check_of_dpo_asks_for_no_reward_but_the_scorer():
+    asked = question(load("quickstart-dpo").recipe)
+    assert asked["args"]["recipe.policy"][0] == "DPOConfig"
+    assert "recipe.reward_model" not in asked["args"]
+    assert asked["rewards"] == ["exact_answer"]
+
+
+def test_check_of_the_same_arguments_is_asked_once(job):
+    asked = job("[]")
+    check_profile(load("quickstart"))
+    check_profile(load("quickstart", ["gates.p_max=0.01", "recipe.seed=9"]))
+    assert len(questions(asked)) == 1
+    check_profile(load("quickstart", ["recipe.sft.args.max_length=65"]))
+    assert len(questions(asked)) == 2
+
+
+def test_check_with_problems_names_each_and_again_the_next_time(job):
+    job('["recipe.sft.args.lr is no argument", "there is no reward function x"]')
+    for _ in range(2):
+        with pytest.raises(ProfileError) as refused:
+            check_profile(load("quickstart"))
+        assert "recipe.sft.args.lr" in str(refused.value) and "reward function x" in str(refused.value)
+
+
+def test_check_in_an_environment_that_breaks_is_refused_with_its_error_and_not_kept(job):
+    job("", code=1)
+    with pytest.raises(MachineUnfit) as refused:
+        check_profile(load("quickstart"))
+    assert "broken library" in str(refused.value) and "posttrain doctor" in str(refused.value)
+    job("[]")
+    check_profile(load("quickstart"))
+
+
+@pytest.mark.xfail(
+    strict=True, reason="tasks/check_profile.py:_ask reads all of standard output as JSON: one line of a library breaks it"
+)
+def test_check_in_an_environment_whose_libraries_talk_still_gets_its_answer(job):
+    job("Using CPU build of libfoo\n[]")
+    check_profile(load("quickstart"))
+
+
+@pytest.mark.parametrize("stage", ["default", "policy", "export"])
+def test_profile_that_names_an_accelerate_file_that_is_not_there_is_refused_with_its_neighbour(stage):
+    with pytest.raises(ProfileError) as refused:
+        load_profile("quickstart", [f"placement.{stage}.accelerate=ddp_9"])
+    assert "'ddp_9'" in str(refused.value) and "ddp_8" in str(refused.value)
