@@ -33,7 +33,7 @@ def test_near_answer_gives_half_the_share_of_characters_in_place_and_1_only_for_
 def test_math_answer_takes_equal_values_in_other_forms():
     from tasks.jobs.rewards import math_answer
 
-    assert math_answer([r"so it is $\frac{1}{2}$", r"$\frac{1}{3}$"], ["$0.5$", "$0.5$"]) == [1.0, 0.0]
+    assert math_answer([r"so it is \boxed{\frac{1}{2}}", r"\boxed{\frac{1}{3}}"], ["$0.5$", "$0.5$"]) == [1.0, 0.0]
 
 
 def ask(question: dict) -> list[str]:

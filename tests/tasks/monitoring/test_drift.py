@@ -98,11 +98,15 @@ def test_entropy_at_its_floor_does_not_halt():
 
 @pytest.mark.parametrize("reference_steps", [1, 4, 10])
 def test_entropy_never_halts_before_the_reference_and_patience_are_over(reference_steps):
-    """The series falls at once: the reference is the median of the fall itself, and the earliest halt is where
-    `patience` steps have followed the reference."""
+    """The series falls right after its reference: the earliest halt is where `patience` steps have followed it."""
     values = [10.0] * reference_steps + [0.001] * 10
     found = first_breach("entropy", values, limits(entropy_ratio_min=0.25, reference_steps=reference_steps))
     assert found.step == reference_steps + 3
+
+
+def test_entropy_that_falls_within_its_reference_is_judged_only_after_it():
+    """Reference: median(8, 8, 8, 0.1) = 8, floor 2. Step 4 lies below it already, but only 5, 6, 7 count."""
+    assert first_breach("entropy", [8.0, 8.0, 8.0] + [0.1] * 9, limits(entropy_ratio_min=0.25)).step == 7
 
 
 def test_entropy_low_from_the_start_is_its_own_reference():
