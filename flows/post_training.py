@@ -37,8 +37,8 @@ def post_training(profile: str, overrides: list[str] | None = None) -> dict[str,
     try:
         with reported(run) as summary:
             run_stages(run)
-    except RunCancelled as error:
-        return Cancelled(message=str(error))
+    except (RunCancelled, KeyboardInterrupt) as error:
+        return Cancelled(message=str(error) or "interrupted")
     return summary
 
 

@@ -42,8 +42,9 @@ def markdown(run: PipelineRun, summary: dict[str, Any], plots: dict[str, str]) -
     """Return the report's tables and curves for the run's page in Prefect."""
     head = "| stage | | seconds | key metric | fingerprint |\n|---|---|---|---|---|\n"
     lines = [f"**{run.profile.name}**: {summary['status']} (run {run.run_id})", ""]
-    lines += [f"> {summary['error']}", ""] if summary["error"] else []
-    lines += [head + "\n".join("| " + " | ".join(stage_cells(s)) + " |" for s in summary["stages"]), ""]
+    lines += [*(f"> {line}" for line in summary["error"].splitlines()), ""] if summary["error"] else []
+    rows = [[cell.replace("|", "\\|") for cell in stage_cells(stage)] for stage in summary["stages"]]
+    lines += [head + "\n".join("| " + " | ".join(row) + " |" for row in rows), ""]
     for metric, models in summary["metrics"].items():
         lines += [f"**{metric}** " + " → ".join(f"{name} {estimate_text(e)}" for name, e in models.items()), ""]
     if summary["gate"]:

@@ -48,8 +48,8 @@ def summarise(run: PipelineRun, error: BaseException | None) -> dict[str, Any]:
     return {
         "profile": run.profile.name,
         "run_id": run.run_id,
-        "status": "completed" if error is None else "cancelled" if isinstance(error, RunCancelled) else "failed",
-        "exit_code": 0 if error is None else getattr(error, "exit_code", 1),
+        "status": status_of(error),
+        "exit_code": exit_code_of(error),
         "error": None if error is None else f"{type(error).__name__}: {error}",
         "stages": [asdict(record) for record in [*records, *skipped(run, by_stage)]],
         "metrics": _read(run.folder / "metrics.json", {}),
@@ -59,6 +59,19 @@ def summarise(run: PipelineRun, error: BaseException | None) -> dict[str, Any]:
         "mlflow_run_id": run.mlflow_run_id,
         "prefect_flow_run_id": flow_run.id,
     }
+
+
+def status_of(error: BaseException | None) -> str:
+    if error is None:
+        return "completed"
+    return "cancelled" if isinstance(error, RunCancelled | KeyboardInterrupt) else "failed"
+
+
+def exit_code_of(error: BaseException | None) -> int:
+    """Return what `posttrain` exits with: 0, the deliberate stop's own code, 130 for Ctrl-C, 1 for a bug."""
+    if error is None:
+        return 0
+    return RunCancelled.exit_code if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", 1)
 
 
 def skipped(run: PipelineRun, by_stage: dict[str, StageRecord]) -> list[StageRecord]:

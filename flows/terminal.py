@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.status import Status
 from rich.table import Table
 
-from tasks.errors import PipelineError
+from tasks.errors import ContractBroken, PipelineError
 
 console = Console(stderr=True)
 STATUS_COLOUR = {"ran": "green", "cached": "cyan", "failed": "red", "skipped": "dim", "run": "yellow"}
@@ -108,6 +108,12 @@ def show_checks(checks: list[Any]) -> int:
 
 
 def show_error(error: PipelineError) -> None:
+    """Print a deliberate stop's text; a broken contract's is a table."""
+    if isinstance(error, ContractBroken):
+        from rich.markdown import Markdown
+
+        console.print(f"[red]{type(error).__name__}[/]", Markdown(str(error)))
+        return
     console.print(f"[red]{type(error).__name__}[/] {escape(str(error))}", highlight=False, soft_wrap=True)
 
 

@@ -19,9 +19,12 @@ Verdicts = list[tuple[str, Any]]
 def of_file(data: Path, kind: str, layout: str) -> Verdicts:
     """Judge one file; raises ContractBroken if it violates the contract of its kind."""
     from data_contracts.kinds import KINDS
+    from data_contracts.layouts import LAYOUTS
 
     if kind not in KINDS:
         raise ProfileError(f"--kind is {kind!r}; there is: {', '.join(KINDS)}.")
+    if layout not in LAYOUTS:
+        raise ProfileError(f"--layout is {layout!r}; there is: {', '.join(LAYOUTS)}.")
     if not data.exists():
         raise ProfileError(f"--data is {str(data)!r}: there is no such file.")
     return _passed([(str(data), _judge(Dataset(path=str(data), kind=kind, layout=layout), data, None))])

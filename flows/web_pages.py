@@ -22,6 +22,8 @@ def serve(prefect_port: int, mlflow_port: int) -> None:
 
     Raises MachineUnfit if a port is taken or a server does not start.
     """
+    if prefect_port == mlflow_port:
+        raise MachineUnfit(f"--prefect-port and --mlflow-port are both {prefect_port}. Give each its own.")
     for option, port in (("--prefect-port", prefect_port), ("--mlflow-port", mlflow_port)):
         _refuse_taken(option, port)
     mlflow_runs.prepare_database()
@@ -59,6 +61,8 @@ def _refuse_taken(option: str, port: int) -> None:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("127.0.0.1", port))
+        except OverflowError:
+            raise MachineUnfit(f"{option} is {port}: a port lies between 1 and 65535.") from None
         except OSError as error:
             raise MachineUnfit(f"{option} {port} is taken ({error.strerror}). Give another port with {option}.") from None
 

@@ -23,6 +23,7 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
 )
+ORIGINS = ("path", "hub", "prepared")
 FREE_KEYS = ("args", "config", "contract", "columns", "env")  # their keys are another library's, checked against it later
 
 
@@ -41,7 +42,8 @@ def load(name: str, overrides: list[str] | None = None) -> Profile:
     Raises InvalidProfile for a missing file, an unknown key, a wrong type or two settings that contradict each other.
     """
     raw = _read(name)
-    for override in overrides or []:
+    # another method drops the old one's settings, so it comes first: the settings given with it are the new one's
+    for override in sorted(overrides or [], key=lambda text: not text.startswith("recipe.policy.method=")):
         raw = _override(raw, override)
     try:
         profile = Profile.model_validate(raw)
@@ -61,8 +63,10 @@ def accelerate_file(name: str) -> Path:
     return path
 
 
-def _read(name: str) -> dict[str, Any]:
+def _read(name: str, below: tuple[Path, ...] = ()) -> dict[str, Any]:
     path = _locate(name)
+    if path in below:
+        raise InvalidProfile(f"profile {path} extends itself: {' → '.join(p.stem for p in (*below, path))}. Break the circle.")
     try:
         raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -71,7 +75,11 @@ def _read(name: str) -> dict[str, Any]:
         raise InvalidProfile(f"profile {path} holds {type(raw).__name__}, not a mapping with description and recipe")
     parent = raw.pop("extends", None)
     raw.setdefault("name", path.stem)
-    return raw if parent is None else _merge(_read(_beside(path, parent)), raw)
+    if parent is None:
+        return raw
+    if not isinstance(parent, str):
+        raise InvalidProfile(f"profile {path}: extends is {parent!r}; it takes the name of one profile, or a YAML file's path.")
+    return _merge(_read(_beside(path, parent), (*below, path)), raw)
 
 
 def _locate(name: str) -> Path:
@@ -82,7 +90,7 @@ def _locate(name: str) -> Path:
     path = Path(str(files("profiles"))) / f"{name}.yaml"
     if not path.is_file():
         raise InvalidProfile(
-            f"no profile named {name!r}.{_nearest(name, shipped())} Shipped: {', '.join(shipped())}. "
+            f"no profile named {name!r}.{_nearest(name, shipped())} "
             "A profile of your own is named by its path, ending in .yaml."
         )
     return path
@@ -94,8 +102,14 @@ def _beside(path: Path, parent: str) -> str:
 
 
 def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """Return `below` overlaid with `above`, block by block; a block of another `method` replaces the old one whole."""
+    """Return `below` overlaid with `above`, block by block.
+
+    A block of another `method` replaces the old one whole; another origin (path, hub, prepared) replaces the old origin.
+    """
     merged = dict(below)
+    if named := [key for key in ORIGINS if above.get(key)]:
+        gone = {*ORIGINS, *(() if "hub" in named else ("revision",))}
+        merged = {key: value for key, value in below.items() if key not in gone}
     for key, value in above.items():
         old = merged.get(key)
         same = isinstance(old, dict) and isinstance(value, dict) and value.get("method", old.get("method")) == old.get("method")
@@ -153,8 +167,11 @@ def _line(item: Any) -> str:
         return f"{where} is not a setting.{_nearest(path[-1], _siblings(path[:-1]))}"
     if item["type"] == "missing":
         return f"{where} is missing."
+    said = item["msg"].removeprefix("Value error, ")
+    if said.startswith("."):  # the validator went into the block and names the setting inside it
+        return where + said
     shown = "" if isinstance(value, dict | BaseModel) else f" is {value!r}"
-    return f"{where}{shown}: {item['msg'].removeprefix('Value error, ')}"
+    return f"{where}{shown}: {said}"
 
 
 def _siblings(path: list[str]) -> list[str]:

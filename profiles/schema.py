@@ -1,17 +1,38 @@
 """The profile's types: `recipe` is identity, `drift` and `gates` judge it, `placement` says where it runs."""
 
+import math
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 OWNED_ARGS = ("output_dir", "report_to", "run_name", "seed", "data_seed", "use_vllm", "vllm_mode", "use_cpu", "logging_dir")
-SCORERS_NEED = {"accuracy": ("eval",), "preference_accuracy": ("preference",)}
 
 
 class Strict(BaseModel):
-    """No unknown keys, and no change after loading."""
+    """No unknown keys, no value taken for another type's, and no change after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+def _plain(value: Any) -> Any:
+    """Refuse what has no one form in a fingerprint: NaN, infinity, dates, keys that are not text."""
+    if isinstance(value, dict):
+        if odd := [key for key in value if not isinstance(key, str)]:
+            raise ValueError(f"has the key {odd[0]!r}, which is not text: quote it")
+        for key, inner in value.items():
+            try:
+                _plain(inner)
+            except ValueError as error:
+                raise ValueError(f".{key} {error}") from None
+    elif isinstance(value, list):
+        for inner in value:
+            _plain(inner)
+    elif not isinstance(value, str | int | float | bool | None) or (isinstance(value, float) and not math.isfinite(value)):
+        raise ValueError(f"is {value!r}: only text, finite numbers, true, false, null, lists and mappings can be settings")
+    return value
+
+
+Settings = Annotated[dict[str, Any], AfterValidator(_plain)]
 
 
 class Origin(Strict):
@@ -75,14 +96,14 @@ class Prepare(Strict):
     """Runs `tasks.jobs.make_<maker>` once, before anything else, to make data (and a base model) from code."""
 
     maker: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
-    config: dict[str, Any] = Field(default_factory=dict)
+    config: Settings = Field(default_factory=dict)
     base_model: bool = Field(False, description="hand recipe.base_model to the maker, which samples from it")
 
 
 class TrlStage(Strict):
     """`args` are fields of the TRL config class that `trl_config` names, checked against the installed one."""
 
-    args: dict[str, Any] = Field(default_factory=dict)
+    args: Settings = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _not_ours(self) -> "TrlStage":
@@ -202,9 +223,11 @@ class Placement(Strict):
     export: StagePlacement | None = None
 
     def of(self, stage: str) -> StagePlacement:
-        """Return the stage's placement: its own settings over the default's."""
+        """Return the stage's placement: its own settings over the default's, `env` variable by variable."""
         own = getattr(self, stage)
-        return self.default if own is None else self.default.model_copy(update=own.model_dump(exclude_unset=True))
+        if own is None:
+            return self.default
+        return self.default.model_copy(update=own.model_dump(exclude_unset=True) | {"env": self.default.env | own.env})
 
 
 class Profile(Strict):

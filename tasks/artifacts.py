@@ -79,7 +79,7 @@ class Store:
         """Write the manifest and rename `staged` into place; the first of two equal builds wins."""
         with disk_errors(self.root):
             files = {name: _entry(staged / name) for name in _names(staged)}
-            digest = fingerprint({"files": {name: entry["sha256"] for name, entry in files.items()}})
+            digest = digest_of({name: entry["sha256"] for name, entry in files.items()})
             target = self.place(artifact.stage, artifact.fingerprint)
             facts = asdict(artifact) | {"path": str(target), "digest": digest}
             _write_synced(staged / MANIFEST, {"artifact": facts, "identity": identity, "files": files})
@@ -96,18 +96,26 @@ class Store:
         return json.loads(manifest.read_text())["identity"] if manifest.is_file() else None
 
 
+def digest_of(files: dict[str, str]) -> str:
+    """Return the one digest of an artifact's files, given each one's SHA-256."""
+    return fingerprint({"files": files})
+
+
 def damage(folder: Path) -> str | None:
     """Return what is wrong with an artifact's folder against its manifest, or None if all of it holds."""
     try:
-        files = json.loads((folder / MANIFEST).read_text())["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"manifest unreadable: {error}"
+        manifest = json.loads((folder / MANIFEST).read_text())
+        files = {name: (entry["size"], entry["sha256"]) for name, entry in manifest["files"].items()}
+        if Artifact(**manifest["artifact"]).digest != digest_of({name: sha for name, (_, sha) in files.items()}):
+            return "its digest is not that of its files"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"manifest unreadable: {type(error).__name__}: {error}"
     present = set(_names(folder))
-    for name, entry in files.items():
+    for name, (size, sha) in files.items():
         path = folder / name
         if name not in present:
             return f"{name} is missing"
-        if path.stat().st_size != entry["size"] or file_digest(path) != entry["sha256"]:
+        if path.stat().st_size != size or file_digest(path) != sha:
             return f"{name} was altered"
     extra = present - set(files)
     return f"{min(extra)} was added" if extra else None

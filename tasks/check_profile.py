@@ -35,6 +35,7 @@ def check_profile(profile: Profile) -> None:
     It takes an import of TRL, so the answer is kept by what was asked, the code and the library versions.
     """
     check_paths(profile.recipe)
+    check_limits(profile.recipe)
     placement = profile.placement.default
     python = job_python(placement)
     asked = question(profile.recipe)
@@ -46,6 +47,20 @@ def check_profile(profile: Profile) -> None:
             write_json(kept, _ask(str(python), job_environment(placement), asked))
     if problems := json.loads(kept.read_text()):
         raise ProfileError(f"profile {profile.name}: " + "\n".join(problems))
+
+
+def check_limits(recipe: Recipe) -> None:
+    """Raise ProfileError if a dataset sets a limit that its contract does not have."""
+    for name in type(recipe.datasets).model_fields:
+        dataset = getattr(recipe.datasets, name)
+        if dataset is None or not dataset.contract:
+            continue
+        from data_contracts.contract import ContractInvalid, contract_for
+
+        try:
+            contract_for(dataset.kind).with_limits(dataset.contract)
+        except ContractInvalid as error:
+            raise ProfileError(f"recipe.datasets.{name}.contract: {error}") from None
 
 
 def check_paths(recipe: Recipe) -> None:
@@ -70,12 +85,19 @@ def question(recipe: Recipe) -> dict[str, Any]:
 
 
 def _ask(python: str, env: dict[str, str], asked: dict[str, Any]) -> list[str]:
-    done = subprocess.run(
-        [python, "-m", "tasks.jobs.check_args"],
-        input=json.dumps(asked), capture_output=True, text=True, timeout=TIMEOUT_SECONDS, env=env,
-    )  # fmt: skip
+    try:
+        done = _run(python, env, asked)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise MachineUnfit(f"the job environment {python} does not answer: {error}. Run `posttrain doctor`.") from None
     if done.returncode != 0:
         raise MachineUnfit(
             f"the job environment {python} does not work: {done.stderr.strip()[-2000:]}\nRun `posttrain doctor`."
         )
-    return json.loads(done.stdout)
+    return json.loads(done.stdout.splitlines()[-1])  # libraries may print lines of their own before it
+
+
+def _run(python: str, env: dict[str, str], asked: dict[str, Any]) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [python, "-m", "tasks.jobs.check_args"],
+        input=json.dumps(asked), capture_output=True, text=True, timeout=TIMEOUT_SECONDS, env=env,
+    )  # fmt: skip

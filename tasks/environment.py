@@ -23,6 +23,8 @@ DEFAULTS = {
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",
     # Our own logger's lines appear on the run's page beside Prefect's.
     "PREFECT_LOGGING_EXTRA_LOGGERS": "posttrain",
+    # `plan` and `validate` log outside of any run.
+    "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
     # A tracker that is down must cost seconds, not the four minutes of MLflow's default retries.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",

@@ -13,8 +13,20 @@ PROJECT = Path(__file__).resolve().parents[1]
 
 
 def canonical(value: Any) -> str:
-    """Return one JSON text per value; raises TypeError for a value JSON has no form for (never falls back to repr)."""
+    """Return one JSON text per value; raises TypeError or ValueError for a value that JSON has no one form for."""
+    _refuse_other_keys(value)
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def _refuse_other_keys(value: Any) -> None:
+    """JSON would write the key 1 as "1", and two identities would be one."""
+    if isinstance(value, dict):
+        if odd := [key for key in value if not isinstance(key, str)]:
+            raise TypeError(f"the key {odd[0]!r} is not text")
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        for inner in value:
+            _refuse_other_keys(inner)
 
 
 def fingerprint(identity: dict[str, Any]) -> str:
@@ -33,7 +45,8 @@ def tree_digest(path: Path) -> str:
     if path.is_file():
         return file_digest(path)
     names = sorted(p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file())
-    files = {name: file_digest(path / name) for name in names if not name.startswith(".")}
+    hidden = [name for name in names if any(part.startswith(".") for part in name.split("/"))]
+    files = {name: file_digest(path / name) for name in names if name not in hidden}
     return hashlib.sha256(canonical(files).encode()).hexdigest()
 
 
@@ -50,7 +63,7 @@ def code_digest(module: str) -> str:
 def library_versions(python: Path) -> dict[str, str]:
     """Return the versions of the result-changing libraries in the environment of the interpreter `python`."""
     folders = [str(p) for p in (python.parent.parent / "lib").glob("python3*/site-packages")]
-    found = {d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions(path=folders)}
+    found = {d.name.lower(): d.version for d in importlib.metadata.distributions(path=folders) if d.name}
     return {name: found[name] for name in LIBRARIES if name in found}
 
 

@@ -32,9 +32,9 @@ def job_python(placement: StagePlacement) -> Path:
     """Return the job environment's interpreter; raises MachineUnfit with how to get one."""
     beside = Path(sys.prefix).with_name(Path(sys.prefix).name + "-job") / "bin" / "python"
     python = Path(placement.python or os.environ.get("POSTTRAIN_JOB_PYTHON") or beside)
-    if not python.is_file():
+    if not os.access(python, os.X_OK) or python.is_dir():
         raise MachineUnfit(
-            f"no job environment: {python} does not exist. Run `make install`, or point placement.python or "
+            f"no job environment: {python} is no interpreter that can be run. Run `make install`, or point placement.python or "
             "POSTTRAIN_JOB_PYTHON at an interpreter that has torch, trl and vllm."
         )
     return python.absolute()

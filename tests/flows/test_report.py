@@ -133,7 +133,6 @@ def test_markdown_has_a_row_for_every_stage_and_the_gates_reasons(run, summary):
     assert "p=0.4" in text and "quickstart" in text
 
 
-@pytest.mark.xfail(strict=True, reason="flows/report.py:markdown does not escape | in a cell: the row has a column too many")
 def test_markdown_row_of_a_reason_with_a_bar_has_as_many_columns_as_the_head(run, summary):
     failed = record("sft", "failed", reason="JobFailed: learning_rate wants int | None")
     lines = report.markdown(run, summary | {"stages": [failed], "error": None}, {}).splitlines()
@@ -141,9 +140,6 @@ def test_markdown_row_of_a_reason_with_a_bar_has_as_many_columns_as_the_head(run
     assert row.replace("\\|", "").count("|") == head.count("|")
 
 
-@pytest.mark.xfail(
-    strict=True, reason="flows/report.py:markdown quotes the first line of an error only: the rest becomes other Markdown"
-)
 def test_markdown_quotes_every_line_of_an_error(run, summary):
     error = "ContractBroken: two problems:\nthe first\nthe second"
     lines = report.markdown(run, summary | {"error": error}, {}).splitlines()

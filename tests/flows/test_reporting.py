@@ -49,9 +49,6 @@ def test_summary_of_a_run_that_ended_by_a_bug_has_failed(run):
     assert (summary["status"], summary["exit_code"]) == ("failed", 1)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="flows/reporting.py:summarise: Ctrl-C outside a job is failed/1, but KILLED in MLflow, exit 130"
-)
 def test_summary_of_a_run_ended_by_ctrl_c_was_cancelled(run):
     summary = summarise(run(), KeyboardInterrupt())
     assert (summary["status"], summary["exit_code"]) == ("cancelled", 130)

@@ -99,7 +99,6 @@ def test_override_of_the_method_keeps_the_arguments_given_after_it():
     assert load("quickstart", [*TO_DPO, "recipe.policy.args.beta=0.1"]).recipe.policy.args == {"beta": 0.1}
 
 
-@pytest.mark.xfail(strict=True, reason="profiles/load.py:_override drops recipe.policy.args given before recipe.policy.method")
 def test_override_of_the_method_keeps_the_arguments_given_before_it():
     assert load("quickstart", ["recipe.policy.args.beta=0.1", *TO_DPO]).recipe.policy.args == {"beta": 0.1}
 
@@ -113,7 +112,6 @@ def test_override_of_the_method_alone_is_refused_with_what_else_must_change():
     assert "recipe.reward_model=null" in text and "kl_max" in text
 
 
-@pytest.mark.xfail(strict=True, reason="profiles/schema.py: no field is strict, so pydantic reads true as 1 and '7' as 7")
 @pytest.mark.parametrize("value", ["true", "yes", "'7'"])
 def test_override_of_a_number_with_a_truth_value_or_text_is_refused(value):
     assert "recipe.seed" in refusal(f"recipe.seed={value}")

@@ -120,9 +120,6 @@ MANGLED = {
 }
 
 
-@pytest.mark.xfail(
-    strict=True, reason="tasks/artifacts.py:damage/_read: a manifest that is JSON of a wrong form raises or passes"
-)
 @pytest.mark.parametrize("how", MANGLED)
 def test_artifact_with_a_mangled_manifest_is_not_found(how, store):
     MANGLED[how](Path(build(store).path))

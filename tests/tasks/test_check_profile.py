@@ -75,9 +75,6 @@ def test_check_in_an_environment_that_breaks_is_refused_with_its_error_and_not_k
     check_profile(load("quickstart"))
 
 
-@pytest.mark.xfail(
-    strict=True, reason="tasks/check_profile.py:_ask reads all of standard output as JSON: one line of a library breaks it"
-)
 def test_check_in_an_environment_whose_libraries_talk_still_gets_its_answer(job):
     job("Using CPU build of libfoo\n[]")
     check_profile(load("quickstart"))

@@ -256,10 +256,6 @@ def test_job_environment_of_the_machine_is_used_where_the_profile_names_none(run
     assert launch(spec, StagePlacement(), lambda lines: None).status == "done"
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="tasks/launch.py:job_python asks is_file only: the guard dies of PermissionError, JobFailed has its traceback",
-)
 def test_job_environment_that_cannot_be_executed_is_refused_with_the_way_out(spec, tmp_path):
     (tmp_path / "python").write_text("no program")
     with pytest.raises(MachineUnfit):
