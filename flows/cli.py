@@ -39,15 +39,18 @@ def run(
     if GUARDED not in os.environ:
         sys.exit(_run_guarded())
     with terminal.attached():
+        stop: PipelineError | None = None
         try:
             summary = _run_here(profile, overrides)
         except PipelineError as error:
-            summary = _summary_of(error)
-            terminal.show_summary(summary) if summary else None
-            _finish(as_json, summary)
-            raise
-    terminal.show_summary(summary)
-    _finish(as_json, summary)
+            stop, summary = error, _summary_of(error)
+    if summary:
+        terminal.show_summary(summary)
+    if stop:
+        terminal.show_error(stop)
+    if summary and as_json:
+        print(json.dumps(summary, indent=1))
+    sys.exit(stop.exit_code if stop else summary["exit_code"])
 
 
 @app.command()
@@ -128,19 +131,12 @@ def _run_here(profile: str, overrides: list[str] | None) -> dict[str, Any]:
     from flows.post_training import post_training
 
     state = post_training(profile, overrides, return_state=True)
-    if state.is_cancelled():
-        raise RunCancelled(state.message)
-    return state.result()
+    return state.result(raise_on_failure=not state.is_cancelled())
 
 
 def _summary_of(error: PipelineError) -> dict[str, Any] | None:
     path = getattr(error, "summary_file", None)
     return json.loads(path.read_text()) if path else None
-
-
-def _finish(as_json: bool, summary: dict[str, Any] | None) -> None:
-    if as_json and summary:
-        print(json.dumps(summary, indent=1))
 
 
 def main() -> None:

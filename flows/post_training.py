@@ -12,6 +12,7 @@ from tasks.check_profile import check_profile, load_profile
 from tasks.errors import RunCancelled
 from tasks.evaluate_policy import evaluate_policy
 from tasks.export_vllm import export_vllm
+from tasks.interrupts import INTERRUPTS
 from tasks.merge_lora import merge_lora
 from tasks.pipeline_run import PipelineRun, open_pipeline_run
 from tasks.prepare_data import find_base_model, prepare_data
@@ -34,11 +35,12 @@ def post_training(profile: str, overrides: list[str] | None = None) -> dict[str,
     loaded = load_profile(profile, overrides)
     check_profile(loaded)
     run = open_pipeline_run(loaded)
+    summary: dict[str, Any] = {}
     try:
-        with reported(run) as summary:
+        with reported(run, summary):
             run_stages(run)
-    except (RunCancelled, KeyboardInterrupt) as error:
-        return Cancelled(message=str(error) or "interrupted")
+    except (RunCancelled, *INTERRUPTS) as error:
+        return Cancelled(message=str(error) or "the run was interrupted between two jobs", data=summary)
     return summary
 
 

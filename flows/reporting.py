@@ -15,6 +15,7 @@ from flows import report
 from tasks import gates
 from tasks.artifacts import Artifact
 from tasks.errors import GateFailed, RunCancelled
+from tasks.interrupts import INTERRUPTS
 from tasks.monitoring import mlflow_runs
 from tasks.pipeline_run import PipelineRun, StageRecord, write_json
 
@@ -22,15 +23,14 @@ log = logging.getLogger("posttrain")
 
 
 @contextmanager
-def reported(run: PipelineRun) -> Iterator[dict[str, Any]]:
-    """Yield the summary, filled and published when the block ends, however it ends."""
-    summary: dict[str, Any] = {}
+def reported(run: PipelineRun, summary: dict[str, Any]) -> Iterator[None]:
+    """Fill and publish `summary` when the block ends, however it ends."""
     mlflow_runs.log_dict(run.mlflow_run_id, run.profile.model_dump(mode="json"), "profile.json")
     create_link_artifact(link=mlflow_runs.run_url(run.mlflow_run_id), link_text="this run in MLflow", key="mlflow-run")
     error: BaseException | None = None
     try:
         with mlflow_runs.closing(run.mlflow_run_id):
-            yield summary
+            yield
     except BaseException as raised:
         error = raised
         error.summary_file = run.folder / "summary.json"
@@ -64,14 +64,14 @@ def summarise(run: PipelineRun, error: BaseException | None) -> dict[str, Any]:
 def status_of(error: BaseException | None) -> str:
     if error is None:
         return "completed"
-    return "cancelled" if isinstance(error, RunCancelled | KeyboardInterrupt) else "failed"
+    return "cancelled" if isinstance(error, (RunCancelled, *INTERRUPTS)) else "failed"
 
 
 def exit_code_of(error: BaseException | None) -> int:
     """Return what `posttrain` exits with: 0, the deliberate stop's own code, 130 for Ctrl-C, 1 for a bug."""
     if error is None:
         return 0
-    return RunCancelled.exit_code if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", 1)
+    return RunCancelled.exit_code if isinstance(error, INTERRUPTS) else getattr(error, "exit_code", 1)
 
 
 def skipped(run: PipelineRun, by_stage: dict[str, StageRecord]) -> list[StageRecord]:

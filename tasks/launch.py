@@ -18,6 +18,7 @@ from profiles.schema import StagePlacement
 from tasks.errors import DriftHalted, JobFailed, MachineUnfit, RunCancelled
 from tasks.fingerprints import PROJECT
 from tasks.guard import guarded
+from tasks.interrupts import INTERRUPTS
 from tasks.job_spec import JobResult, JobSpec
 
 log = logging.getLogger("posttrain.job")
@@ -56,7 +57,7 @@ def launch(spec: JobSpec, placement: StagePlacement, on_metrics: Callable[[Metri
     try:
         with _child(_command(spec, placement), job_environment(placement), log_file) as (process, pump):
             code = _follow(process, pump, spec, placement.timeout_seconds, on_metrics)
-    except KeyboardInterrupt:
+    except INTERRUPTS:
         raise RunCancelled(f"{spec.stage} was interrupted, and its job ended. Log: {log_file}") from None
     return _outcome(spec, code, log_file)
 

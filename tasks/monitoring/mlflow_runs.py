@@ -17,6 +17,7 @@ from typing import Any
 
 from tasks.environment import home
 from tasks.errors import PipelineError, RunCancelled
+from tasks.interrupts import INTERRUPTS
 
 log = logging.getLogger("posttrain")
 BATCH = 1000  # MLflow's own limit per call
@@ -109,7 +110,7 @@ def verdict(error: BaseException) -> tuple[str, dict[str, str]]:
     """Return the MLflow status and tags that an error means."""
     name = type(error).__name__
     tags = {"error": name, "error.message": clean(error)[:5000]}
-    if isinstance(error, RunCancelled | KeyboardInterrupt):
+    if isinstance(error, (RunCancelled, *INTERRUPTS)):
         return KILLED, tags
     if name == "GateFailed":
         return FINISHED, tags | {"gate": "failed"}
