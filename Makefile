@@ -1,6 +1,8 @@
 # `make quickstart` and `make test` need only Python >= 3.11 with pip, git and make.
 
 PYTHON ?= python3
+# The job environment: cpu, or gpu where there is one (make JOB=gpu install).
+JOB ?= cpu
 BOOT := .venv-boot
 UV := $(BOOT)/bin/uv
 
@@ -10,7 +12,7 @@ FIND_LINKS := $(or $(UV_FIND_LINKS),$(PIP_FIND_LINKS),$(call pip_setting,global.
 INDEX := $(or $(UV_DEFAULT_INDEX),$(PIP_INDEX_URL),$(call pip_setting,global.index-url))
 ifneq ($(FIND_LINKS),)
 export UV_FIND_LINKS := $(FIND_LINKS)
-else
+else ifeq ($(JOB),cpu)
 # No folder of wheels: take PyTorch's own CPU builds.
 export UV_TORCH_BACKEND ?= cpu
 endif
@@ -37,7 +39,7 @@ test: install
 	.venv-job/bin/python -m pytest -m "job and not gpu" --timeout 600
 	.venv/bin/python -m pytest -m "not job and not gpu" --timeout 1200
 
-# The GPU tier, on a machine that has one (job environment from requirements/job-gpu.txt).
+# The GPU tier, on a machine that has one, in the environment of `make JOB=gpu install`.
 test-gpu:
 	.venv-job/bin/python -m pytest -m gpu --timeout 1200
 
@@ -69,7 +71,7 @@ $(UV):
 	$(UV) pip install --quiet --python .venv --no-deps --editable .
 	touch $@
 
-.venv-job/.installed: requirements/job-cpu.txt pyproject.toml | $(UV)
+.venv-job/.installed: requirements/job-$(JOB).txt pyproject.toml | $(UV)
 	$(UV) venv --quiet --clear --python $(PYTHON) .venv-job
-	$(UV) pip install --quiet --python .venv-job --no-deps --compile-bytecode -r requirements/job-cpu.txt
+	$(UV) pip install --quiet --python .venv-job --no-deps --compile-bytecode -r requirements/job-$(JOB).txt
 	touch $@

@@ -139,6 +139,12 @@ def _summary_of(error: PipelineError) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path else None
 
 
+def _interrupts() -> tuple[type[BaseException], ...]:
+    from tasks.interrupts import INTERRUPTS  # imports prefect, which most commands do not need
+
+    return INTERRUPTS
+
+
 def main() -> None:
     """Run the command; a deliberate stop prints its text and exits with its own code, a bug keeps its traceback."""
     try:
@@ -148,7 +154,9 @@ def main() -> None:
 
         terminal.show_error(error)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
+    except BaseException as error:
+        if not isinstance(error, _interrupts()):
+            raise
         sys.exit(RunCancelled.exit_code)
 
 

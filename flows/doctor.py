@@ -53,7 +53,7 @@ def versions(name: str, python: Path, lock: str) -> Check:
     if not wrong:
         return Check(True, f"{name}: {len(pins)} packages as pinned ({python})")
     more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-    return Check(False, f"{name}: {', '.join(wrong[:5])}{more}", "make clean install")
+    return Check(False, f"{name}: {', '.join(wrong[:5])}{more}", f"make clean install{' JOB=gpu' if 'gpu' in lock else ''}")
 
 
 def lock_lines(lock: str) -> list[str]:

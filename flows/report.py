@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks.monitoring import mlflow_runs
-from tasks.monitoring.metrics import CURVES, KEY_METRIC, MEANING
+from tasks.monitoring.metrics import CURVES, MEANING, key_metric
 from tasks.pipeline_run import PipelineRun
 
 STYLE = """
@@ -33,7 +33,7 @@ def html(run: PipelineRun, summary: dict[str, Any], plots: dict[str, str]) -> st
         _gate(summary["gate"]),
         _curves(plots),
         _samples(summary),
-        f"<h2>Export</h2><p><code>vllm serve {_text(summary['export'])}</code></p>" if summary["export"] else "",
+        f"<h2>Export</h2><p><code>{_text(summary['serve'])}</code></p>" if summary["serve"] else "",
     ]
     return f"<!doctype html><meta charset=utf-8><title>{run.profile.name}</title><style>{STYLE}</style>" + "\n".join(parts)
 
@@ -55,8 +55,7 @@ def markdown(run: PipelineRun, summary: dict[str, Any], plots: dict[str, str]) -
 
 def stage_cells(record: dict[str, Any]) -> list[str]:
     """Return a stage's row of the summary table, as plain text."""
-    name = KEY_METRIC.get(record["stage"])
-    value = f"{name} {record['metrics'][name]:.3g}" if name in record["metrics"] else record["reason"] or ""
+    value = key_metric(record["stage"], record["metrics"]) or record["reason"] or ""
     seconds = f"{record['seconds']:.0f}" if record["status"] == "ran" else ""
     return [
         record["stage"],

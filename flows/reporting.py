@@ -13,7 +13,7 @@ from prefect.runtime import flow_run
 
 from flows import report
 from tasks import gates
-from tasks.artifacts import Artifact
+from tasks.artifacts import MANIFEST, Artifact, disk_errors
 from tasks.errors import GateFailed, RunCancelled
 from tasks.interrupts import INTERRUPTS
 from tasks.monitoring import mlflow_runs
@@ -25,19 +25,20 @@ log = logging.getLogger("posttrain")
 @contextmanager
 def reported(run: PipelineRun, summary: dict[str, Any]) -> Iterator[None]:
     """Fill and publish `summary` when the block ends, however it ends."""
-    mlflow_runs.log_dict(run.mlflow_run_id, run.profile.model_dump(mode="json"), "profile.json")
-    create_link_artifact(link=mlflow_runs.run_url(run.mlflow_run_id), link_text="this run in MLflow", key="mlflow-run")
-    error: BaseException | None = None
-    try:
-        with mlflow_runs.closing(run.mlflow_run_id):
+    with mlflow_runs.closing(run.mlflow_run_id):
+        error: BaseException | None = None
+        try:
+            mlflow_runs.log_dict(run.mlflow_run_id, run.profile.model_dump(mode="json"), "profile.json")
+            create_link_artifact(link=mlflow_runs.run_url(run.mlflow_run_id), link_text="this run in MLflow", key="mlflow-run")
             yield
-    except BaseException as raised:
-        error = raised
-        error.summary_file = run.folder / "summary.json"
-        raise
-    finally:
-        summary.update(summarise(run, error))
-        publish(run, summary)
+        except BaseException as raised:
+            error = raised
+            error.summary_file = run.folder / "summary.json"
+            raise
+        finally:
+            summary.update(summarise(run, error))
+            with disk_errors(run.folder):
+                publish(run, summary)
 
 
 def summarise(run: PipelineRun, error: BaseException | None) -> dict[str, Any]:
@@ -55,10 +56,19 @@ def summarise(run: PipelineRun, error: BaseException | None) -> dict[str, Any]:
         "metrics": _read(run.folder / "metrics.json", {}),
         "gate": _read(run.folder / "gate.json", None),
         "export": export.artifact if export else None,
+        "serve": serve_command(export),
         "report": str(run.folder / "report.html"),
         "mlflow_run_id": run.mlflow_run_id,
         "prefect_flow_run_id": flow_run.id,
     }
+
+
+def serve_command(export: StageRecord | None) -> str | None:
+    """Return the command that serves the export as it was tested: vLLM's own choice of dtype would be another model."""
+    if export is None or export.artifact is None:
+        return None
+    manifest = json.loads((Path(export.artifact) / MANIFEST).read_text())
+    return f"vllm serve {export.artifact} {manifest['artifact']['details'].get('serve', '')}".rstrip()
 
 
 def status_of(error: BaseException | None) -> str:

@@ -74,8 +74,8 @@ def show_summary(summary: dict[str, Any]) -> None:
     if summary["gate"]:
         console.print("gate " + ("[green]passed[/]" if summary["gate"]["passed"] else "[red]failed[/]"))
     console.print()
-    if summary["export"] and summary["exit_code"] == 0:
-        _place("serve", f"vllm serve {summary['export']}")
+    if summary["serve"] and summary["exit_code"] == 0:
+        _place("serve", summary["serve"])
     _place("report", summary["report"])
     _place("pages", "posttrain ui   (Prefect and MLflow on this store)")
 

@@ -40,6 +40,7 @@ def serve(prefect_port: int, mlflow_port: int) -> None:
         )
         while all(server.poll() is None for server in servers):
             time.sleep(0.5)
+        raise MachineUnfit(f"a server ended by itself; see {home() / '.servers.log'}")
     except KeyboardInterrupt:
         print("stopping")
     finally:

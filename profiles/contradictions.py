@@ -41,8 +41,17 @@ def _rewards(recipe: Recipe) -> Iterator[str]:
             "would be paid for nothing. Drop recipe.reward_model (--set recipe.reward_model=null), or add "
             "{name: reward_model} to recipe.policy.reward_functions."
         )
+    if isinstance(policy, Grpo) and _blind(policy):
+        yield (
+            "recipe.policy.args.vllm_importance_sampling_correction is false but recipe.policy.rollouts is "
+            f"{policy.rollouts!r}: TRL then logs no difference to vLLM, and a dead weight sync would pass. Drop it."
+        )
     if isinstance(policy, Grpo) and not any(r.weight > 0 for r in policy.reward_functions):
         yield "recipe.policy.reward_functions has only weights of 0: every advantage is 0 and nothing trains. Set one."
+
+
+def _blind(policy: Grpo) -> bool:
+    return policy.rollouts != "transformers" and policy.args.get("vllm_importance_sampling_correction") is False
 
 
 def _rows(recipe: Recipe) -> Iterator[str]:

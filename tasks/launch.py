@@ -1,5 +1,6 @@
 """Places one JobSpec and runs it with `accelerate launch`: the one boundary between the pipeline and training."""
 
+import contextlib
 import json
 import logging
 import os
@@ -13,8 +14,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from profiles.load import accelerate_file
 from profiles.schema import StagePlacement
+from tasks.artifacts import disk_errors
 from tasks.errors import DriftHalted, JobFailed, MachineUnfit, RunCancelled
 from tasks.fingerprints import PROJECT
 from tasks.guard import guarded
@@ -23,10 +27,16 @@ from tasks.job_spec import JobResult, JobSpec
 
 log = logging.getLogger("posttrain.job")
 ALWAYS = {"PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
+ONE_PROCESS = ("prepare", "evaluate", "merge", "export")  # one model, one answer: more ranks would write the same files
 POLL_SECONDS = 0.2
 GRACE_SECONDS = 15.0  # Prefect kills a cancelled flow 30 s after asking: everything of ours must have ended by then
 SHIPPED_LINES = 200  # log lines per second that reach Prefect; all of them are in the log file
 Metrics = list[dict[str, Any]]
+
+
+def num_processes(placement: StagePlacement) -> int:
+    """Return how many ranks the accelerate file starts: each multiplies the global batch, so it is part of the identity."""
+    return int(yaml.safe_load(accelerate_file(placement.accelerate).read_text())["num_processes"])
 
 
 def job_python(placement: StagePlacement) -> Path:
@@ -52,7 +62,8 @@ def launch(spec: JobSpec, placement: StagePlacement, on_metrics: Callable[[Metri
             f"placement.tags of {spec.stage} is {placement.tags}: no work pool with these tags is known here. "
             "Use tags: [local] to run the job as a child process of this run."
         )
-    (spec.work / "job.json").write_text(spec.model_dump_json(indent=1))
+    with disk_errors(spec.work):
+        (spec.work / "job.json").write_text(spec.model_dump_json(indent=1))
     log_file = spec.work / "log.txt"
     try:
         with _child(_command(spec, placement), job_environment(placement), log_file) as (process, pump):
@@ -65,7 +76,8 @@ def launch(spec: JobSpec, placement: StagePlacement, on_metrics: Callable[[Metri
 def _command(spec: JobSpec, placement: StagePlacement) -> list[str]:
     python, config = str(job_python(placement)), str(accelerate_file(placement.accelerate))
     accelerate = [python, "-m", "accelerate.commands.launch", "--config_file", config]
-    job = ["--module", spec.module, str(spec.work / "job.json")]
+    alone = ["--num_processes", "1"] if spec.stage in ONE_PROCESS else []
+    job = [*alone, "--module", spec.module, str(spec.work / "job.json")]
     return guarded([*accelerate, *job], GRACE_SECONDS)
 
 
@@ -170,8 +182,10 @@ class _Pump(threading.Thread):
     def run(self) -> None:
         with self.path.open("ab") as file:
             for line in self.stream:
-                file.write(line)
-                file.flush()
+                # on a full disk the log ends here, but the job's pipe is emptied on, or the job would wait for ever
+                with contextlib.suppress(OSError):
+                    file.write(line)
+                    file.flush()
                 self.lines.append(line.decode(errors="replace").rstrip().rsplit("\r", 1)[-1][:2000])
                 self.seen += 1
 

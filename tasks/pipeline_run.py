@@ -70,12 +70,12 @@ def store() -> Store:
 def open_pipeline_run(profile: Profile) -> PipelineRun:
     """Make the run's folder, named by the time so that folders sort, and its parent run in MLflow."""
     run_id = f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{os.urandom(2).hex()}"
+    mlflow_run_id = mlflow_runs.open_run(profile.name, run_id, {"run_id": run_id, "profile": profile.name})
     folder = home() / profile.name / run_id
     with disk_errors(folder):
         folder.mkdir(parents=True)
         write_json(folder / "profile.json", profile.model_dump(mode="json"))
-    tags = {"run_id": run_id, "profile": profile.name}
-    return PipelineRun(profile, run_id, folder, mlflow_runs.open_run(profile.name, run_id, tags))
+    return PipelineRun(profile, run_id, folder, mlflow_run_id)
 
 
 @contextmanager

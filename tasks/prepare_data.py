@@ -10,7 +10,6 @@ from tasks import hub
 from tasks.artifacts import Artifact, hub_model, local_model
 from tasks.build import Stage, build
 from tasks.errors import ProfileError
-from tasks.fingerprints import PROJECT
 from tasks.pipeline_run import PipelineRun
 
 
@@ -25,19 +24,16 @@ def prepare_data(run: PipelineRun, base: Artifact | None) -> Artifact | State:
 
 def prepare_stage(profile: Profile, base: Artifact | None) -> Stage:
     recipe = profile.recipe
-    maker = recipe.prepare.maker
-    if not (PROJECT / "tasks" / "jobs" / f"make_{maker}.py").is_file():
-        known = sorted(p.stem.removeprefix("make_") for p in (PROJECT / "tasks" / "jobs").glob("make_*.py"))
-        raise ProfileError(f"recipe.prepare.maker is {maker!r}: there is no such maker. There is: {', '.join(known)}.")
     inputs = {"base_model": base} if base is not None else {}
-    return Stage("prepare", f"tasks.jobs.make_{maker}", recipe.prepare.config, inputs, recipe.seed)
+    return Stage("prepare", f"tasks.jobs.make_{recipe.prepare.maker}", recipe.prepare.config, inputs, recipe.seed)
 
 
 def find_base_model(profile: Profile, made: Artifact | None) -> Artifact:
     """Return the recipe's base model as an input of the stages; raises ProfileError naming what is wrong with it."""
     origin = profile.recipe.base_model
     if origin.hub:
-        return hub_model(origin.hub, hub.commit_of("recipe.base_model", origin.hub, origin.revision, "model"))
+        commit = hub.commit_of("recipe.base_model", origin.hub, origin.revision, "model")
+        return hub_model(origin.hub, commit, hub.fetch_model("recipe.base_model", origin.hub, commit))
     return local_model("recipe.base_model", locate("recipe.base_model", origin, made))
 
 

@@ -7,5 +7,5 @@ from tasks.artifacts import Artifact
 
 
 def with_model(recipe: Recipe, base: Artifact, **own: Any) -> dict[str, Any]:
-    """Return a stage's own settings with the dtype, and the revision of a base model from the hub."""
-    return own | {"dtype": recipe.base_model.dtype, "revision": base.details.get("revision")}
+    """Return a stage's own settings with the base model's dtype and digest."""
+    return own | {"dtype": recipe.base_model.dtype, "base_digest": base.digest}

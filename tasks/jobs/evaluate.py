@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import PeftModel
+from transformers import GenerationConfig
 
 from tasks.job_spec import JobResult, JobSpec
 from tasks.jobs import without_vllm  # noqa: F401
-from tasks.jobs.grpo import find_reward
 from tasks.jobs.job import done, run
-from tasks.jobs.models import load_base, load_tokenizer
+from tasks.jobs.models import load_base, load_tokenizer, on_cpu
+from tasks.jobs.rewards import find_reward
 from tasks.jobs.training import rows
 
 Row = dict[str, Any]
@@ -25,7 +26,6 @@ Row = dict[str, Any]
 def main(spec: JobSpec) -> JobResult:
     """Leave samples.jsonl (one line per row and model); metrics are `<metric>/<model>` in [0, 1]."""
     tokenizer = load_tokenizer(spec)
-    tokenizer.padding_side = "left"
     model = load_models(spec)
     data, metric = rows(spec, "rows"), spec.config["metric"]
     judge = answers if metric == "accuracy" else preferences
@@ -45,7 +45,7 @@ def load_models(spec: JobSpec) -> PeftModel:
     model = PeftModel.from_pretrained(load_base(spec), spec.inputs[names[0]], adapter_name=names[0])
     for name in names[1:]:
         model.load_adapter(spec.inputs[name], adapter_name=name)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    return model.to("cpu" if on_cpu() else "cuda").eval()
 
 
 @contextmanager
@@ -62,8 +62,7 @@ def answers(model: PeftModel, tokenizer: Any, data: Dataset, config: Row) -> lis
     scorer, lines = find_reward(config["scorer"]), []
     for start in range(0, len(data), config["batch_size"]):
         batch = data[start : start + config["batch_size"]]
-        prompts = [render(tokenizer, prompt) for prompt in batch["prompt"]]
-        texts = generate(model, tokenizer, prompts, config["max_new_tokens"])
+        texts = generate(model, tokenizer, batch["prompt"], config["max_new_tokens"])
         scores = scores_of(scorer, texts, batch)
         lines += [
             {"prompt": prompt, "completion": text, "answer": answer, "score": int(score == 1.0)}
@@ -80,13 +79,18 @@ def scores_of(scorer: Callable, texts: list[str], batch: dict[str, list]) -> lis
     return scorer(prompts=batch["prompt"], completions=completions, **columns)
 
 
-def generate(model: Any, tokenizer: Any, prompts: list[str], max_new_tokens: int) -> list[str]:
-    """Return the greedy completions of rendered prompts."""
-    inputs = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False).to(model.device)
-    ids = model.generate(
-        **inputs, do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id,
-        temperature=None, top_p=None, top_k=None,
-    )  # fmt: skip
+def generate(model: Any, tokenizer: Any, prompts: list[Any], max_new_tokens: int) -> list[str]:
+    """Return the greedy completions of prompts.
+
+    A base's own generation_config may hold a repetition penalty, which applies to greedy decoding too: it is left out, here
+    as in the export. The chat template brings its special tokens itself; a plain text gets the tokenizer's, as in training.
+    """
+    texts = [render(tokenizer, prompt) for prompt in prompts]
+    plain = isinstance(prompts[0], str)
+    inputs = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=plain)
+    greedy = GenerationConfig(do_sample=False, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    model.generation_config = greedy  # generate() fills what its argument leaves open from here
+    ids = model.generate(**inputs.to(model.device), generation_config=greedy, max_new_tokens=max_new_tokens)
     return tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 

@@ -25,9 +25,9 @@ from peft import PeftModel
 from transformers import GenerationConfig
 
 from tasks.job_spec import JobResult, JobSpec
-from tasks.jobs.evaluate import generate, render
+from tasks.jobs.evaluate import generate
 from tasks.jobs.job import done, run
-from tasks.jobs.models import load_base, load_tokenizer
+from tasks.jobs.models import load_base, load_tokenizer, on_cpu
 from tasks.jobs.training import rows
 
 MATCH_MIN = {"float32": 1.0, "bfloat16": 0.75}  # bfloat16 logits tie, and the two engines break ties differently
@@ -37,7 +37,7 @@ def main(spec: JobSpec) -> JobResult:
     """Leave the export and parity.json; raise if the served model does not write what the trained one writes."""
     write_export(spec)
     with serving(spec) as client:
-        prompts = [row["prompt"] for row in rows(spec, "rows").select(range(spec.config["num_probes"]))]
+        prompts = [row["prompt"] for _, row in zip(range(spec.config["num_probes"]), rows(spec, "rows"), strict=False)]
         served = [ask(client, prompt, spec) for prompt in prompts]
     trained = policy_answers(spec, prompts)
     matches = [s == t for s, t in zip(served, trained, strict=True)]
@@ -51,7 +51,8 @@ def main(spec: JobSpec) -> JobResult:
             f"the served export is not the trained policy: {parity['greedy_match_ratio']:.2f} of the probes agree "
             f"(limit {limit}). First difference: {first}"
         )
-    return done({name: float(value) for name, value in parity.items()}, samples=samples[:3])
+    serve = f"--dtype {spec.config['dtype']} --max-model-len {spec.config['max_model_len']}"
+    return done({name: float(value) for name, value in parity.items()}, samples=samples[:3], serve=serve)
 
 
 def write_export(spec: JobSpec) -> None:
@@ -73,7 +74,8 @@ def model_card(spec: JobSpec) -> str:
     return (
         f"---\nlicense: {card['licence'] or 'unknown'}\nbase_model: {card['base_model']}\n---\n\n# {card['profile']}\n\n"
         f"{card['description']}\n\n| held-out metric | value |\n|---|---|\n{accuracy}\n\n"
-        f"Served by `vllm serve DIR --max-model-len {spec.config['max_model_len']}`; lineage in manifest.json.\n"
+        f"Served by `vllm serve DIR --dtype {spec.config['dtype']} --max-model-len {spec.config['max_model_len']}`; "
+        "lineage in manifest.json.\n"
     )
 
 
@@ -97,7 +99,7 @@ def serve_command(spec: JobSpec, port: int) -> list[str]:
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(spec.output)]
     command += ["--served-model-name", "policy", "--host", "127.0.0.1", "--port", str(port)]
     command += ["--max-model-len", str(spec.config["max_model_len"]), "--dtype", spec.config["dtype"]]
-    return command if torch.cuda.is_available() else [*command, "--enforce-eager"]
+    return [*command, "--enforce-eager"] if on_cpu() else command
 
 
 def serve_environment() -> dict[str, str]:
@@ -163,7 +165,7 @@ def policy_answers(spec: JobSpec, prompts: list[Any]) -> list[str]:
     tokenizer = load_tokenizer(spec)
     model = PeftModel.from_pretrained(load_base(spec), spec.inputs["policy"]).eval()
     with torch.inference_mode():
-        return [generate(model, tokenizer, [render(tokenizer, p)], spec.config["max_new_tokens"])[0] for p in prompts]
+        return [generate(model, tokenizer, [p], spec.config["max_new_tokens"])[0] for p in prompts]
 
 
 if __name__ == "__main__":

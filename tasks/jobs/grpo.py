@@ -4,30 +4,28 @@ Departures from the paper are TRL's own and chosen by its arguments: `loss_type`
 """
 
 import logging
-from collections.abc import Callable
 from typing import Any
 
-import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
 from tasks.job_spec import JobResult, JobSpec
-from tasks.jobs import rewards, vllm_cpu
+from tasks.jobs import vllm_cpu
 from tasks.jobs.callbacks import FrozenWeights
 from tasks.jobs.job import done, run
-from tasks.jobs.models import load_tokenizer, load_trainable, save_adapter
+from tasks.jobs.models import load_tokenizer, load_trainable, on_cpu, save_adapter
+from tasks.jobs.rewards import find_reward
 from tasks.jobs.training import rows, train, trl_args
 
-SYNC_TOLERANCE = 0.1  # mean |log p(trainer) - log p(vLLM)|: beyond it the rollouts are not the policy's (pains.md P13)
+SYNC_TOLERANCE = 0.1  # mean |log p(trainer) - log p(vLLM)|: beyond it the rollouts are not the policy's
 
 
 def main(spec: JobSpec) -> JobResult:
     """Leave the adapter; the reference of `kl` is the SFT policy (the base, if there was no SFT stage)."""
     rollouts, why = choose_rollouts(spec)
     logging.getLogger(__name__).warning("rollouts: %s%s", rollouts, f" ({why})" if why else "")
-    on_cpu = not torch.cuda.is_available()
     if rollouts == "transformers":
         from tasks.jobs import without_vllm  # noqa: F401
-    elif on_cpu:
+    elif on_cpu():
         vllm_cpu.prepare(spec.config["dtype"])
     from trl import GRPOConfig, GRPOTrainer
 
@@ -47,9 +45,10 @@ def main(spec: JobSpec) -> JobResult:
     if rollouts == "vllm":
         trainer.add_callback(FrozenWeights(trainer.model))
     metrics = train(trainer, spec)
-    _assert_synced(metrics)
+    if rollouts == "vllm":
+        _assert_synced(metrics)
     if trainer.is_world_process_zero():
-        save_adapter(trainer.model, tokenizer, spec.output)
+        save_adapter(trainer.model, tokenizer, spec)
     return done(metrics, rollouts=rollouts, rollouts_reason=why)
 
 
@@ -58,7 +57,7 @@ def choose_rollouts(spec: JobSpec) -> tuple[str, str | None]:
     asked = spec.config["rollouts"]
     if asked == "transformers":
         return asked, None
-    config = AutoConfig.from_pretrained(spec.inputs["base_model"], revision=spec.config.get("revision"))
+    config = AutoConfig.from_pretrained(spec.inputs["base_model"])
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     why = vllm_cpu.obstacle(head_dim)
     if why is None:
@@ -75,17 +74,8 @@ def load_reward_model(spec: JobSpec) -> PreTrainedModel:
     return model
 
 
-def find_reward(name: str) -> Callable:
-    """Return the reward function named `name`: TRL's own (`trl.<name>`), or one of rewards.py."""
-    if name.startswith("trl."):
-        import trl.rewards
-
-        return getattr(trl.rewards, name.removeprefix("trl."))
-    return getattr(rewards, name)
-
-
 def _assert_synced(metrics: dict[str, float]) -> None:
-    difference = metrics.get("sampling/sampling_logp_difference/mean", 0.0)
+    difference = metrics["sampling/sampling_logp_difference/mean"]
     if difference > SYNC_TOLERANCE:
         raise RuntimeError(
             f"vLLM's and the trainer's log probabilities differ by {difference:.3f} nats per token on average (limit "

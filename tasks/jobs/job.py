@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from tasks.job_spec import JobResult, JobSpec
-from tasks.monitoring.drift import Breach
 
 HALT_EXIT_CODE = 5
 
@@ -17,7 +16,7 @@ HALT_EXIT_CODE = 5
 class Halted(Exception):
     """A series left its corridor; every rank has stopped at the same step."""
 
-    def __init__(self, breach: Breach, last_good: str | None):
+    def __init__(self, breach: object, last_good: str | None):
         super().__init__(f"{breach} Last checkpoint inside the corridors: {last_good or 'none was saved'}.")
 
 

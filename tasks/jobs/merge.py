@@ -1,6 +1,7 @@
 """Merges the policy's adapter into the base, and certifies that the result is base + (alpha / r) B A and nothing else."""
 
 import json
+from pathlib import Path
 
 import torch
 from peft import PeftModel
@@ -8,7 +9,7 @@ from safetensors import safe_open
 
 from tasks.job_spec import JobResult, JobSpec
 from tasks.jobs.job import done, run
-from tasks.jobs.models import load_base, load_tokenizer
+from tasks.jobs.models import BASE_FILE, load_base, load_tokenizer
 
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.5}  # logits; bfloat16 keeps 8 bits of each merged weight
 
@@ -65,10 +66,14 @@ def _adapted(model: PeftModel):
 
 
 def _assert_base(model: PeftModel, spec: JobSpec) -> None:
-    """Refuse an adapter that says it was trained on another base (LlamaFactory#6105, #3096)."""
-    trained_on = model.peft_config["default"].base_model_name_or_path
-    if trained_on != spec.inputs["base_model"]:
-        raise RuntimeError(f"the adapter was trained on {trained_on!r}, the base here is {spec.inputs['base_model']!r}")
+    """Refuse an adapter that was trained on another base (LlamaFactory#6105, #3096); its bytes count, not its path."""
+    file = Path(spec.inputs["policy"]) / BASE_FILE
+    if file.is_file():
+        trained_on, here = json.loads(file.read_text())["digest"], spec.config["base_digest"]
+    else:  # an adapter from elsewhere says a path
+        trained_on, here = model.peft_config["default"].base_model_name_or_path, spec.inputs["base_model"]
+    if trained_on != here:
+        raise RuntimeError(f"the adapter was trained on the base {trained_on!r}, and the base here is {here!r}")
 
 
 def _assert_saved(spec: JobSpec, num_tensors: int) -> None:

@@ -1,6 +1,7 @@
 """Loads base models, tokenizers and adapters from a JobSpec's inputs, the same way in every job."""
 
-from pathlib import Path
+import json
+import os
 from typing import Any
 
 import torch
@@ -9,10 +10,22 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from tasks.job_spec import JobSpec
 
+BASE_FILE = "base.json"  # beside an adapter: the digest of the base it was trained on
+
+
+def on_cpu() -> bool:
+    """Tell whether this job computes on the CPU: no GPU here, or the accelerate file says so."""
+    return not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+
 
 def load_tokenizer(spec: JobSpec) -> PreTrainedTokenizerBase:
-    """Return the base model's tokenizer; one without a padding token pads with its EOS token, and TRL masks by length."""
-    tokenizer = AutoTokenizer.from_pretrained(spec.inputs["base_model"], revision=spec.config.get("revision"))
+    """Return the tokenizer that the newest adapter was trained with, else the base's.
+
+    SFT may have changed it (`eos_token`, `chat_template_path`), and what follows must speak as it learned to. One without a
+    padding token pads with its EOS token; TRL masks by length.
+    """
+    trained_with = spec.inputs.get("policy") or spec.inputs.get("sft") or spec.inputs["base_model"]
+    tokenizer = AutoTokenizer.from_pretrained(trained_with)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -20,9 +33,7 @@ def load_tokenizer(spec: JobSpec) -> PreTrainedTokenizerBase:
 
 def load_base(spec: JobSpec) -> PreTrainedModel:
     """Return the base model in the recipe's dtype."""
-    return AutoModelForCausalLM.from_pretrained(
-        spec.inputs["base_model"], revision=spec.config.get("revision"), dtype=getattr(torch, spec.config["dtype"])
-    )
+    return AutoModelForCausalLM.from_pretrained(spec.inputs["base_model"], dtype=getattr(torch, spec.config["dtype"]))
 
 
 def load_trainable(spec: JobSpec) -> tuple[PreTrainedModel, LoraConfig | None]:
@@ -41,7 +52,8 @@ def lora_config(lora: dict[str, Any] | None, task_type: str) -> LoraConfig | Non
     return None if lora is None else LoraConfig(task_type=task_type, **lora)
 
 
-def save_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase, output: Path) -> None:
-    """Save the trained adapter alone: TRL's frozen "ref" copy is not part of what was trained."""
-    model.save_pretrained(str(output), selected_adapters=["default"])
-    tokenizer.save_pretrained(str(output))
+def save_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase, spec: JobSpec) -> None:
+    """Save the trained adapter alone, and which base it is for: TRL's frozen "ref" copy is not part of what was trained."""
+    model.save_pretrained(str(spec.output), selected_adapters=["default"])
+    tokenizer.save_pretrained(str(spec.output))
+    (spec.output / BASE_FILE).write_text(json.dumps({"digest": spec.config["base_digest"]}))

@@ -1,6 +1,10 @@
 """Training of the reward model on preference pairs, with TRL's RewardTrainer (Bradley-Terry loss)."""
 
+import json
+import random
+
 import torch
+from datasets import Dataset
 from transformers import AutoModelForSequenceClassification
 
 from tasks.job_spec import JobResult, JobSpec
@@ -16,16 +20,15 @@ def main(spec: JobSpec) -> JobResult:
     """Leave a stand-alone classification checkpoint (one logit), and its accuracy on held-out pairs as eval_accuracy."""
     tokenizer = load_tokenizer(spec)
     model = AutoModelForSequenceClassification.from_pretrained(
-        spec.inputs["base_model"], revision=spec.config.get("revision"), num_labels=1,
-        dtype=getattr(torch, spec.config["dtype"]),
+        spec.inputs["base_model"], num_labels=1, dtype=getattr(torch, spec.config["dtype"]),
     )  # fmt: skip
     model.config.pad_token_id = tokenizer.pad_token_id
-    split = rows(spec, "rows").train_test_split(test_size=spec.config["eval_ratio"], seed=spec.seed)
+    training, held_out = split_by_prompt(rows(spec, "rows"), spec.config["eval_ratio"], spec.seed)
     trainer = RewardTrainer(
         model=model,
         args=trl_args(RewardConfig, spec),
-        train_dataset=split["train"],
-        eval_dataset=split["test"],
+        train_dataset=training,
+        eval_dataset=held_out,
         processing_class=tokenizer,
         peft_config=lora_config(spec.config["lora"], "SEQ_CLS"),
     )
@@ -34,7 +37,19 @@ def main(spec: JobSpec) -> JobResult:
         trained = trainer.model.merge_and_unload() if spec.config["lora"] else trainer.model
         trained.save_pretrained(str(spec.output))
         tokenizer.save_pretrained(str(spec.output))
-    return done(metrics, held_out_pairs=len(split["test"]))
+    return done(metrics, held_out_pairs=len(held_out))
+
+
+def split_by_prompt(pairs: Dataset, ratio: float, seed: int) -> tuple[Dataset, Dataset]:
+    """Return training and held-out pairs; all pairs of a prompt are on one side, or the accuracy would flatter."""
+    prompts = [json.dumps(prompt) for prompt in pairs["prompt"]]
+    unique = sorted(set(prompts))
+    random.Random(seed).shuffle(unique)
+    hidden = set(unique[: max(1, round(ratio * len(unique)))])
+    sides = {True: [], False: []}
+    for number, prompt in enumerate(prompts):
+        sides[prompt in hidden].append(number)
+    return pairs.select(sides[False]), pairs.select(sides[True])
 
 
 if __name__ == "__main__":

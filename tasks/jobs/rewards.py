@@ -4,9 +4,19 @@ A function's name here is its name in `recipe.policy.reward_functions` and `reci
 """
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 Completion = str | list[dict[str, Any]]
+
+
+def find_reward(name: str) -> Callable[..., list[float]]:
+    """Return the reward function named `name`: TRL's own (`trl.<name>`), or one of this file."""
+    if name.startswith("trl."):
+        import trl.rewards
+
+        return getattr(trl.rewards, name.removeprefix("trl."))
+    return globals()[name]
 
 
 def text_of(completion: Completion) -> str:
@@ -21,7 +31,7 @@ def exact_answer(completions: list[Completion], answer: list[str], **_: Any) -> 
 
 def number_answer(completions: list[Completion], answer: list[str], **_: Any) -> list[float]:
     """1.0 if the completion ends in a number that equals the answer; thousands commas and a closing full stop do not count."""
-    return [float(_final_number(text_of(c)) == float(a.replace(",", ""))) for c, a in zip(completions, answer, strict=True)]
+    return [float(_final_number(text_of(c)) == _number(a)) for c, a in zip(completions, answer, strict=True)]
 
 
 def math_answer(completions: list[Completion], answer: list[str], **_: Any) -> list[float]:
@@ -42,6 +52,13 @@ def _nearness(text: str, answer: str) -> float:
         return 1.0
     in_place = sum(got == want for got, want in zip(text, answer, strict=False))
     return 0.5 * in_place / max(len(text), len(answer), 1)
+
+
+def _number(answer: str) -> float:
+    try:
+        return float(answer.replace(",", ""))
+    except ValueError:
+        raise ValueError(f"number_answer reads numbers, and an answer is {answer!r}: use exact_answer or math_answer") from None
 
 
 def _final_number(text: str) -> float | None:

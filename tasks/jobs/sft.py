@@ -20,7 +20,7 @@ def main(spec: JobSpec) -> JobResult:
     )
     metrics = train(trainer, spec)
     if trainer.is_world_process_zero():
-        save_adapter(trainer.model, tokenizer, spec.output)
+        save_adapter(trainer.model, tokenizer, spec)
     return done(metrics)
 
 

@@ -10,20 +10,20 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from tasks.job_spec import JobSpec
 from tasks.jobs.callbacks import DriftHalt, MetricsFile
+from tasks.jobs.models import on_cpu
 
 FROZEN_TOLERANCE = 1e-4  # of a tensor's largest value: float32 rounding of hundreds of merges and unmerges is below 1e-6
 
 
 def trl_args(config_class: type, spec: JobSpec, **ours: Any) -> Any:
     """Return TRL's config from the profile's `args` and what the pipeline owns: seed, folder, no reporting."""
-    on_cpu = not torch.cuda.is_available()
-    defaults = {"logging_steps": 1, "save_strategy": "no"}
-    if on_cpu:
-        # TRL turns bf16 autocast on by default; on CPU the recipe's dtype decides alone, and nothing is pinned.
-        defaults |= {"bf16": False, "dataloader_pin_memory": False}
+    # TRL turns bf16 autocast on wherever a GPU is: the recipe's dtype decides, so that a fingerprint means one computation.
+    defaults = {"logging_steps": 1, "save_strategy": "no", "bf16": spec.config["dtype"] == "bfloat16"}
+    if on_cpu():
+        defaults |= {"dataloader_pin_memory": False}
     return config_class(
         **defaults | spec.config["args"] | ours,
-        output_dir=str(spec.work / "checkpoints"), report_to="none", seed=spec.seed, use_cpu=on_cpu, disable_tqdm=True,
+        output_dir=str(spec.work / "checkpoints"), report_to="none", seed=spec.seed, use_cpu=on_cpu(), disable_tqdm=True,
     )  # fmt: skip
 
 

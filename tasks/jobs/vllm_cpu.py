@@ -8,6 +8,8 @@ import functools
 import os
 from typing import Any
 
+from tasks.jobs.models import on_cpu
+
 
 def prepare(dtype: str) -> None:
     """Set vLLM up for this process; call before trl's trainers are imported."""
@@ -33,8 +35,6 @@ def obstacle(head_dim: int) -> str | None:
         import vllm  # noqa: F401
     except ImportError as error:
         return f"vllm cannot be imported ({error})"
-    import torch
-
-    if not torch.cuda.is_available() and head_dim % 16:
+    if on_cpu() and head_dim % 16:
         return f"vLLM's CPU attention refuses head_dim {head_dim}"
     return None

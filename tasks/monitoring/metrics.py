@@ -1,15 +1,22 @@
 """What each stage logs, by TRL's own keys, and what a person is shown of it."""
 
-# The metric that stands for a stage in the summary table.
+# The metric that stands for a stage in the summary table: the first of these that it logged.
 KEY_METRIC = {
-    "sft": "mean_token_accuracy",
-    "reward_model": "eval_accuracy",
-    "grpo": "reward",
-    "dpo": "rewards/accuracies",
-    "evaluate": "accuracy/policy",
-    "merge": "logits_max_abs_diff",
-    "export": "greedy_match_ratio",
+    "sft": ("mean_token_accuracy",),
+    "reward_model": ("eval_accuracy",),
+    "grpo": ("reward",),
+    "dpo": ("rewards/accuracies",),
+    "evaluate": ("accuracy/policy", "preference_accuracy/policy"),
+    "merge": ("logits_max_abs_diff",),
+    "export": ("greedy_match_ratio",),
 }
+
+
+def key_metric(stage: str, metrics: dict[str, float]) -> str | None:
+    """Return the stage's key metric as `name value`, or None if it logged none of them."""
+    name = next((name for name in KEY_METRIC.get(stage, ()) if name in metrics), None)
+    return None if name is None else f"{name} {metrics[name]:.3g}"
+
 
 # Curves of the report, in the order a reader asks: does it learn, does it stay close, does it stay diverse.
 CURVES = {

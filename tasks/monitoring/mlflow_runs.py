@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks.environment import home
-from tasks.errors import PipelineError, RunCancelled
+from tasks.errors import MachineUnfit, PipelineError, RunCancelled
 from tasks.interrupts import INTERRUPTS
 
 log = logging.getLogger("posttrain")
@@ -70,6 +70,8 @@ def _experiment(name: str) -> str:
     client = _client()
     found = client.get_experiment_by_name(name)
     if found is not None:
+        if found.lifecycle_stage == "deleted":  # in MLflow's pages; its name stays taken
+            client.restore_experiment(found.experiment_id)
         return found.experiment_id
     local = tracking_uri().startswith("sqlite:///")
     location = (artifact_root() / name).as_uri() if local else None
@@ -78,10 +80,16 @@ def _experiment(name: str) -> str:
 
 def open_run(experiment: str, name: str, tags: dict[str, str], parent: str | None = None) -> str:
     """Open a run, as a child of `parent` if given, and return its id."""
+    from mlflow.exceptions import MlflowException
+
     nested = {"mlflow.parentRunId": parent} if parent else {}
     own = {"mlflow.user": "posttrain", "mlflow.source.name": "posttrain"}
-    run = _client().create_run(_experiment(experiment), run_name=name, tags={**own, **tags, **nested})
-    return run.info.run_id
+    try:
+        return _client().create_run(_experiment(experiment), run_name=name, tags={**own, **tags, **nested}).info.run_id
+    except MlflowException as error:
+        raise MachineUnfit(
+            f"MLflow at {tracking_uri()} does not take a run: {error}. Start it, or unset MLFLOW_TRACKING_URI."
+        ) from error
 
 
 @contextmanager

@@ -38,7 +38,7 @@ def spec(made, tmp_path):
         output, work = tmp_path / stage / "output", tmp_path / stage / "work"
         output.mkdir(parents=True)
         work.mkdir()
-        config = {"dtype": "float32", "revision": None} | config
+        config = {"dtype": "float32", "base_digest": "tiny"} | config
         return JobSpec(stage=stage, module=f"tasks.jobs.{stage}", seed=1, inputs=given, config=config, output=output, work=work)
 
     return make_spec
@@ -52,7 +52,7 @@ def sft_adapter(made, tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("sft")
     (folder / "output").mkdir()
     inputs = {"base_model": str(made / "base_model"), "rows": str(made / "sft")}
-    config = {"dtype": "float32", "revision": None, "lora": LORA, "args": TRAIN | {"learning_rate": 5e-3}}
+    config = {"dtype": "float32", "base_digest": "tiny", "lora": LORA, "args": TRAIN | {"learning_rate": 5e-3}}
     sft.main(
         JobSpec(
             stage="sft", module="tasks.jobs.sft", seed=1, inputs=inputs, config=config, output=folder / "output", work=folder

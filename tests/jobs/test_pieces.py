@@ -101,7 +101,7 @@ def test_choose_rollouts_falls_back_for_a_head_vllm_refuses_and_refuses_where_vl
     job = spec("grpo", None, {"base_model": str(tmp_path)}, rollouts="auto")
     assert choose_rollouts(job)[0] == "transformers"
     with pytest.raises(RuntimeError, match="head_dim 8"):
-        choose_rollouts(job.model_copy(update={"config": {"rollouts": "vllm", "revision": None}}))
+        choose_rollouts(job.model_copy(update={"config": {"rollouts": "vllm", "base_digest": "tiny"}}))
 
 
 @pytest.mark.parametrize("name", shipped())

@@ -46,7 +46,7 @@ def test_reward_model_leaves_a_standalone_checkpoint_that_separates_held_out_pai
 
     job = spec("reward_model", "preference", lora=None, eval_ratio=0.25, args=TRAIN | {"learning_rate": 3e-3, "max_steps": 12})
     result = reward_model.main(job)
-    assert result.details["held_out_pairs"] == 32
+    assert result.details["held_out_pairs"] == 32  # a quarter of 128 pairs, of as many prompts
     assert 0 <= result.metrics["eval_accuracy"] <= 1
     assert AutoModelForSequenceClassification.from_pretrained(job.output).config.num_labels == 1
 
@@ -185,10 +185,13 @@ def test_merge_of_an_adapter_of_another_base_is_refused(spec, sft_adapter, made,
 
     from tasks.jobs import merge
 
-    other = tmp_path / "other_base"
-    shutil.copytree(made / "base_model", other)
+    moved = tmp_path / "moved"
+    shutil.copytree(made / "base_model", moved)
+    merge.main(
+        spec("merge", None, {"policy": sft_adapter, "base_model": str(moved)})
+    )  # the same bytes elsewhere are the same base
     with pytest.raises(RuntimeError, match="was trained on"):
-        merge.main(spec("merge", None, {"policy": sft_adapter, "base_model": str(other)}))
+        merge.main(spec("other", None, {"policy": sft_adapter}, base_digest="another base"))
 
 
 EXPORT = {"max_model_len": 64, "num_probes": 8, "max_new_tokens": 8, "startup_timeout_seconds": 300}

@@ -31,7 +31,7 @@ class Home:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.env = os.environ | {"POSTTRAIN_HOME": str(folder)}
+        self.env = os.environ | {"POSTTRAIN_HOME": str(folder), "PREFECT_HOME": str(folder / ".prefect")}
 
     def run(self, profile: str, *overrides: str) -> tuple[dict, subprocess.CompletedProcess]:
         sets = [part for override in overrides for part in ("--set", override)]
@@ -232,7 +232,7 @@ def test_two_processes_log_each_step_once_and_leave_one_adapter(first, tmp_path)
     spec = JobSpec(
         stage="sft", module="tasks.jobs.sft", seed=1, output=output, work=work,
         inputs={"base_model": f"{artifact(first, 'prepare')}/base_model", "rows": artifact(first, "validate-sft")},
-        config={"dtype": "float32", "revision": None, "lora": lora, "args": args},
+        config={"dtype": "float32", "base_digest": "quickstart", "lora": lora, "args": args},
     )  # fmt: skip
     seen: list[dict] = []
     environment = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
