@@ -13,6 +13,7 @@ import typer
 from tasks.environment import refuse_full_disk
 from tasks.errors import PipelineError, RunCancelled
 from tasks.guard import guarded
+from tasks.interrupts import interrupts
 
 GUARDED = "POSTTRAIN_GUARDED"  # set in the process that the guard runs
 GRACE_SECONDS = 25  # a job's own grace is 15 s, then the run still writes what became of it
@@ -139,12 +140,6 @@ def _summary_of(error: PipelineError) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path else None
 
 
-def _interrupts() -> tuple[type[BaseException], ...]:
-    from tasks.interrupts import INTERRUPTS  # imports prefect, which most commands do not need
-
-    return INTERRUPTS
-
-
 def main() -> None:
     """Run the command; a deliberate stop prints its text and exits with its own code, a bug keeps its traceback."""
     try:
@@ -154,9 +149,7 @@ def main() -> None:
 
         terminal.show_error(error)
         sys.exit(error.exit_code)
-    except BaseException as error:
-        if not isinstance(error, _interrupts()):
-            raise
+    except interrupts():
         sys.exit(RunCancelled.exit_code)
 
 

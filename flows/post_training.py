@@ -12,7 +12,7 @@ from tasks.check_profile import check_profile, load_profile
 from tasks.errors import RunCancelled
 from tasks.evaluate_policy import evaluate_policy
 from tasks.export_vllm import export_vllm
-from tasks.interrupts import INTERRUPTS
+from tasks.interrupts import interrupts
 from tasks.merge_lora import merge_lora
 from tasks.pipeline_run import PipelineRun, open_pipeline_run
 from tasks.prepare_data import find_base_model, prepare_data
@@ -39,7 +39,7 @@ def post_training(profile: str, overrides: list[str] | None = None) -> dict[str,
     try:
         with reported(run, summary):
             run_stages(run)
-    except (RunCancelled, *INTERRUPTS) as error:
+    except (RunCancelled, *interrupts()) as error:
         return Cancelled(message=str(error) or "the run was interrupted between two jobs", data=summary)
     return summary
 

@@ -15,7 +15,7 @@ from flows import report
 from tasks import gates
 from tasks.artifacts import MANIFEST, Artifact, disk_errors
 from tasks.errors import GateFailed, RunCancelled
-from tasks.interrupts import INTERRUPTS
+from tasks.interrupts import interrupts
 from tasks.monitoring import mlflow_runs
 from tasks.pipeline_run import PipelineRun, StageRecord, write_json
 
@@ -74,14 +74,14 @@ def serve_command(export: StageRecord | None) -> str | None:
 def status_of(error: BaseException | None) -> str:
     if error is None:
         return "completed"
-    return "cancelled" if isinstance(error, (RunCancelled, *INTERRUPTS)) else "failed"
+    return "cancelled" if isinstance(error, (RunCancelled, *interrupts())) else "failed"
 
 
 def exit_code_of(error: BaseException | None) -> int:
     """Return what `posttrain` exits with: 0, the deliberate stop's own code, 130 for Ctrl-C, 1 for a bug."""
     if error is None:
         return 0
-    return RunCancelled.exit_code if isinstance(error, INTERRUPTS) else getattr(error, "exit_code", 1)
+    return RunCancelled.exit_code if isinstance(error, interrupts()) else getattr(error, "exit_code", 1)
 
 
 def skipped(run: PipelineRun, by_stage: dict[str, StageRecord]) -> list[StageRecord]:

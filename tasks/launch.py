@@ -22,7 +22,7 @@ from tasks.artifacts import disk_errors
 from tasks.errors import DriftHalted, JobFailed, MachineUnfit, RunCancelled
 from tasks.fingerprints import PROJECT
 from tasks.guard import guarded
-from tasks.interrupts import INTERRUPTS
+from tasks.interrupts import interrupts
 from tasks.job_spec import JobResult, JobSpec
 
 log = logging.getLogger("posttrain.job")
@@ -68,7 +68,7 @@ def launch(spec: JobSpec, placement: StagePlacement, on_metrics: Callable[[Metri
     try:
         with _child(_command(spec, placement), job_environment(placement), log_file) as (process, pump):
             code = _follow(process, pump, spec, placement.timeout_seconds, on_metrics)
-    except INTERRUPTS:
+    except interrupts():
         raise RunCancelled(f"{spec.stage} was interrupted, and its job ended. Log: {log_file}") from None
     return _outcome(spec, code, log_file)
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from tasks.environment import home
 from tasks.errors import MachineUnfit, PipelineError, RunCancelled
-from tasks.interrupts import INTERRUPTS
+from tasks.interrupts import interrupts
 
 log = logging.getLogger("posttrain")
 BATCH = 1000  # MLflow's own limit per call
@@ -118,7 +118,7 @@ def verdict(error: BaseException) -> tuple[str, dict[str, str]]:
     """Return the MLflow status and tags that an error means."""
     name = type(error).__name__
     tags = {"error": name, "error.message": clean(error)[:5000]}
-    if isinstance(error, (RunCancelled, *INTERRUPTS)):
+    if isinstance(error, (RunCancelled, *interrupts())):
         return KILLED, tags
     if name == "GateFailed":
         return FINISHED, tags | {"gate": "failed"}

@@ -72,6 +72,7 @@ def summary() -> dict[str, Any]:
         "metrics": {"accuracy": {"base": asdict(estimate([0, 0, 0, 1])), "policy": asdict(estimate([1, 1, 1, 0]))}},
         "gate": {"passed": False, "reasons": [f"accuracy {EVIL}", "p=0.4"]},
         "export": None,
+        "serve": None,
     }
 
 

@@ -72,8 +72,12 @@ def test_summary_of_dpo_says_why_there_is_no_reward_model(run):
 def test_summary_names_the_export_once_there_is_one(run):
     quickstart = run()
     assert summarise(quickstart, None)["export"] is None
-    quickstart.record(StageRecord("export", "ran", artifact="/store/export/0123"))
-    assert summarise(quickstart, None)["export"] == "/store/export/0123"
+    export = quickstart.folder / "export"
+    export.mkdir()
+    (export / "manifest.json").write_text(json.dumps({"artifact": {"details": {"serve": "--dtype float32"}}}))
+    quickstart.record(StageRecord("export", "ran", artifact=str(export)))
+    summary = summarise(quickstart, None)
+    assert (summary["export"], summary["serve"]) == (str(export), f"vllm serve {export} --dtype float32")
 
 
 def test_scores_of_each_model_keep_the_order_of_the_rows(tmp_path):

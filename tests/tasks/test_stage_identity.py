@@ -51,7 +51,11 @@ def key(job_environment_with):
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["placement.default.tags=[gpu, h200]", "placement.default.accelerate=ddp_8", "placement.default.timeout_seconds=1"],
+        [
+            "placement.default.tags=[gpu, h200]",
+            "placement.default.accelerate=single_gpu",
+            "placement.default.timeout_seconds=1",
+        ],
         ["placement.default.env={OMP_NUM_THREADS: '2'}"],
         ["drift.kl_max=9", "drift.patience=9", "drift.entropy_ratio_min=null"],
         ["gates.accuracy_min=0.9", "gates.better_than=[base]", "gates.p_max=0.01"],
@@ -60,6 +64,12 @@ def key(job_environment_with):
 )
 def test_identity_does_not_hold_where_a_stage_runs_or_how_it_is_judged(stage, overrides, key):
     assert key(stage, *overrides) == key(stage)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_identity_of_more_processes_is_another_where_each_multiplies_the_batch(stage, key):
+    eight = key(stage, "placement.default.accelerate=ddp_8")
+    assert (eight != key(stage)) == (stage in ("sft", "reward_model", "policy"))
 
 
 @pytest.mark.parametrize("stage", STAGES)
