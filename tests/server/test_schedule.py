@@ -1,5 +1,6 @@
 """A cron deployment of prefect.yaml really yields scheduled runs: with SQLAlchemy 2.1 it silently never would."""
 
+import json
 import os
 import socket
 import subprocess
@@ -59,8 +60,8 @@ def test_prefect_yaml_deployed_yields_a_scheduled_run_of_the_nightly_deployment(
     prefect(server, "work-pool", "create", "orchestrator", "--type", "process")
     prefect(server, "deploy", "--all")
     end = time.monotonic() + 90
-    while "SCHEDULED" not in (
-        listing := prefect(server, "flow-run", "ls", "--state", "Scheduled", "--flow-name", "post-training").upper()
-    ):
-        assert time.monotonic() < end, f"no scheduled run after 90 s:\n{listing}"
+    listing = ["flow-run", "ls", "--flow-name", "post-training", "--output", "json"]
+    while not (runs := json.loads(prefect(server, *listing))):
+        assert time.monotonic() < end, "no scheduled run after 90 s"
         time.sleep(2)
+    assert {run["state"]["type"] for run in runs} == {"SCHEDULED"}
