@@ -69,7 +69,6 @@ def build(run: PipelineRun, stage: Stage, placement: StagePlacement) -> Artifact
         start = time.monotonic()
         _log_inputs(mlflow_run_id, identity, stage)
         result = _run_job(run, stage, placement, staged, mlflow_run_id)
-        mlflow_runs.log_scalars(mlflow_run_id, {f"final/{name}": value for name, value in result.metrics.items()})
         artifact = Artifact(
             stage.name, str(staged), key, "", result.metrics, result.details, mlflow_run_id, round(time.monotonic() - start, 2)
         )
@@ -110,6 +109,8 @@ def _run_job(run: PipelineRun, stage: Stage, placement: StagePlacement, staged: 
     listener = Listener(stage.name, mlflow_run_id)
     result = launch(spec, placement, listener.hear)
     listener.end()
+    # what the trainer logged is a curve already; a bar of its end beside it would only crowd the page
+    mlflow_runs.log_scalars(mlflow_run_id, {name: v for name, v in result.metrics.items() if name not in listener.curves})
     return result
 
 
@@ -120,10 +121,12 @@ class Listener:
         self.mlflow_run_id = mlflow_run_id
         self.progress = Progress(stage)
         self.waiting: list[dict[str, Any]] = []
+        self.curves: set[str] = set()
         self.retry_at = 0.0
 
     def hear(self, lines: list[dict[str, Any]]) -> None:
         self.waiting += lines
+        self.curves.update(name for line in lines for name in line["metrics"])
         if time.monotonic() < self.retry_at:
             return
         try:
