@@ -109,6 +109,10 @@ def _run_job(run: PipelineRun, stage: Stage, placement: StagePlacement, staged: 
     listener = Listener(stage.name, mlflow_run_id)
     result = launch(spec, placement, listener.hear)
     listener.end()
+    if dropped := result.metrics.get("data/dropped_rows"):
+        log.warning(
+            "%s: TRL left out %d rows: after truncation nothing of their replies was left to train on", stage.name, dropped
+        )
     # what the trainer logged is a curve already; a bar of its end beside it would only crowd the page
     mlflow_runs.log_scalars(mlflow_run_id, {name: v for name, v in result.metrics.items() if name not in listener.curves})
     return result

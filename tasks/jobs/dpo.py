@@ -11,16 +11,16 @@ from trl import DPOConfig, DPOTrainer  # isort: skip
 
 def main(spec: JobSpec) -> JobResult:
     """Leave the adapter; the reference is the SFT policy (the base, if there was no SFT stage)."""
-    tokenizer = load_tokenizer(spec)
+    tokenizer, data = load_tokenizer(spec), rows(spec, "rows")
     model, lora = load_trainable(spec)
     trainer = DPOTrainer(
         model=model,
         args=trl_args(DPOConfig, spec),
-        train_dataset=rows(spec, "rows"),
+        train_dataset=data,
         processing_class=tokenizer,
         peft_config=lora,
     )
-    metrics = train(trainer, spec)
+    metrics = train(trainer, spec, len(data))
     if trainer.is_world_process_zero():
         save_adapter(trainer.model, tokenizer, spec)
     return done(metrics)

@@ -10,15 +10,15 @@ from trl import SFTConfig, SFTTrainer  # isort: skip
 
 
 def main(spec: JobSpec) -> JobResult:
-    tokenizer = load_tokenizer(spec)
+    tokenizer, data = load_tokenizer(spec), rows(spec, "rows")
     trainer = SFTTrainer(
         model=load_base(spec),
         args=trl_args(SFTConfig, spec),
-        train_dataset=rows(spec, "rows"),
+        train_dataset=data,
         processing_class=tokenizer,
         peft_config=lora_config(spec.config["lora"], "CAUSAL_LM"),
     )
-    metrics = train(trainer, spec)
+    metrics = train(trainer, spec, len(data))
     if trainer.is_world_process_zero():
         save_adapter(trainer.model, tokenizer, spec)
     return done(metrics)

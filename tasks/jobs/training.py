@@ -33,9 +33,11 @@ def rows(spec: JobSpec, name: str) -> Dataset:
     return dataset.remove_columns([c for c in ("row",) if c in dataset.column_names])
 
 
-def train(trainer: Trainer, spec: JobSpec) -> dict[str, float]:
+def train(trainer: Trainer, spec: JobSpec, num_rows: int | None = None) -> dict[str, float]:
     """Train to the end and return the final value of every metric that was logged.
 
+    `num_rows` is how many went in. TRL leaves out rows of which truncation leaves nothing to train on, and says so in the
+    title of a progress bar: `data/dropped_rows` counts them (packing joins rows, so there it cannot be told).
     Raises Halted on drift, and RuntimeError if a trainable tensor did not change or a frozen one did.
     """
     drift = DriftHalt(spec) if spec.drift else None
@@ -45,11 +47,13 @@ def train(trainer: Trainer, spec: JobSpec) -> dict[str, float]:
     if drift is not None:
         trainer.add_callback(drift)
     before = {name: _sample(p) for name, p in trainer.model.named_parameters()}
+    packed = getattr(trainer.args, "packing", False)
+    dropped = 0 if num_rows is None or packed else num_rows - len(trainer.train_dataset)
     trainer.train()
     if drift is not None:
         drift.verdict()
     _assert_moved(trainer.model, before)
-    return final_metrics(trainer.state.log_history)
+    return final_metrics(trainer.state.log_history) | {"data/dropped_rows": float(dropped)}
 
 
 def final_metrics(history: list[dict[str, Any]]) -> dict[str, float]:

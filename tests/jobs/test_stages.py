@@ -32,6 +32,17 @@ def test_sft_trains_every_adapter_tensor_and_logs_trl_keys(spec):
     assert result.metrics["loss"] > 0
 
 
+def test_dpo_says_how_many_rows_trl_left_out(spec, sft_adapter):
+    from tasks.jobs import dpo
+
+    args = {"per_device_train_batch_size": 4, "max_steps": 1, "gradient_checkpointing": False, "learning_rate": 1e-3}
+    whole = dpo.main(spec("dpo", "preference", {"sft": sft_adapter}, lora=None, args=args | {"max_length": 64}))
+    assert whole.metrics["data/dropped_rows"] == 0
+    # prompts have 14 to 17 tokens, by their 4 to 7 digits: with 16 those of 6 and 7 digits leave no room for a reply
+    cut = dpo.main(spec("cut", "preference", {"sft": sft_adapter}, lora=None, args=args | {"max_length": 16}))
+    assert 0 < cut.metrics["data/dropped_rows"] < 128
+
+
 def test_sft_with_a_learning_rate_of_0_is_an_error(spec):
     from tasks.jobs import sft
 
