@@ -88,7 +88,9 @@ def generate(model: Any, tokenizer: Any, prompts: list[Any], max_new_tokens: int
     texts = [render(tokenizer, prompt) for prompt in prompts]
     plain = isinstance(prompts[0], str)
     inputs = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=plain)
-    greedy = GenerationConfig(do_sample=False, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    greedy = GenerationConfig(
+        do_sample=False, use_cache=True, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
     model.generation_config = greedy  # generate() fills what its argument leaves open from here
     ids = model.generate(**inputs.to(model.device), generation_config=greedy, max_new_tokens=max_new_tokens)
     return tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
