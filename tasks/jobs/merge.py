@@ -6,12 +6,16 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from safetensors import safe_open
+from transformers import PreTrainedTokenizerBase
 
 from tasks.job_spec import JobResult, JobSpec
 from tasks.jobs.job import done, run
 from tasks.jobs.models import BASE_FILE, load_base, load_tokenizer
 
-TOLERANCE = {"float32": 1e-3, "bfloat16": 0.5}  # logits; bfloat16 keeps 8 bits of each merged weight
+# Mean KL(base + adapter || merged) on the probe, nats per token; bfloat16 keeps 8 bits of each merged weight. The probe is text:
+# on token ids without sense a model amplifies rounding (SmolLM2 in bfloat16: 52 logits of difference, on text 1.75).
+TOLERANCE = {"float32": 1e-5, "bfloat16": 0.05}
+PROBE = "What does a careful engineer check before a release, and why?"
 
 
 def main(spec: JobSpec) -> JobResult:
@@ -20,23 +24,40 @@ def main(spec: JobSpec) -> JobResult:
     base = {name: tensor.clone() for name, tensor in load_base(spec).state_dict().items()}
     model = PeftModel.from_pretrained(load_base(spec), spec.inputs["policy"]).eval()
     _assert_base(model, spec)
-    probe = torch.arange(min(64, model.config.vocab_size))[None]
+    probe = probe_ids(tokenizer)
     expected = {f"{name}.weight": module for name, module in _adapted(model)}
     deltas = {name: module.get_delta_weight("default") for name, module in expected.items()}
     with torch.inference_mode():
         before = model(probe).logits.float()
         merged = model.merge_and_unload(safe_merge=True)
         after = merged(probe).logits.float()
-    certificate = certify(base, merged.state_dict(), deltas) | {"logits_max_abs_diff": (before - after).abs().max().item()}
-    certificate["top_1_agreement"] = (before.argmax(-1) == after.argmax(-1)).float().mean().item()
+    certificate = certify(base, merged.state_dict(), deltas) | agreement(before, after)
     limit = TOLERANCE[spec.config["dtype"]]
-    if certificate["logits_max_abs_diff"] > limit:
-        raise RuntimeError(f"merged and unmerged logits differ by {certificate['logits_max_abs_diff']:.3g} (limit {limit})")
+    if certificate["kl_mean"] > limit:
+        raise RuntimeError(f"merged and unmerged model differ by {certificate['kl_mean']:.3g} nats per token (limit {limit})")
     merged.save_pretrained(str(spec.output))
     tokenizer.save_pretrained(str(spec.output))
     _assert_saved(spec, certificate["num_tensors"])
     (spec.output / "certificate.json").write_text(json.dumps(certificate, indent=1))
     return done({name: float(value) for name, value in certificate.items() if isinstance(value, int | float)})
+
+
+def probe_ids(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+    """Return the token ids of the probe, as a user's turn where the model has a chat template."""
+    if not tokenizer.chat_template:
+        return tokenizer(PROBE, return_tensors="pt")["input_ids"]
+    text = tokenizer.apply_chat_template([{"role": "user", "content": PROBE}], tokenize=False, add_generation_prompt=True)
+    return tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
+
+
+def agreement(before: torch.Tensor, after: torch.Tensor) -> dict[str, float]:
+    """Return how far two logit tensors (1, tokens, vocabulary) are apart."""
+    log_p, log_q = torch.log_softmax(before, -1), torch.log_softmax(after, -1)
+    return {
+        "logits_max_abs_diff": (before - after).abs().max().item(),
+        "kl_mean": (log_p.exp() * (log_p - log_q)).sum(-1).mean().item(),
+        "top_1_agreement": (before.argmax(-1) == after.argmax(-1)).float().mean().item(),
+    }
 
 
 def certify(base: dict, merged: dict, deltas: dict) -> dict:
