@@ -12,8 +12,8 @@ from tasks.job_spec import JobResult, JobSpec
 from tasks.jobs.job import done, run
 from tasks.jobs.models import BASE_FILE, load_base, load_tokenizer
 
-# Mean KL(base + adapter || merged) on the probe, nats per token; bfloat16 keeps 8 bits of each merged weight. The probe is text:
-# on token ids without sense a model amplifies rounding (SmolLM2 in bfloat16: 52 logits of difference, on text 1.75).
+# Mean KL(base + adapter || merged) on the probe, nats per token; bfloat16 keeps 8 bits of each merged weight. The probe
+# is text: on token ids without sense a model amplifies rounding (SmolLM2 in bfloat16: 52 logits of difference, on text 1.75).
 TOLERANCE = {"float32": 1e-5, "bfloat16": 0.05}
 PROBE = "What does a careful engineer check before a release, and why?"
 
