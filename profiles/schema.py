@@ -184,7 +184,7 @@ class Recipe(Strict):
 class Drift(Strict):
     """Corridors of the policy stage; a series outside for `patience` log steps halts the run. Limits in nats per token.
 
-    Defaults of the detectors: ../docs of the project say on which runs they were tried.
+    On which runs the detectors were tried stands in tasks/monitoring/drift.py.
     """
 
     kl_max: float | None = Field(None, gt=0, description="limit of the moving average of `kl`")
