@@ -14,7 +14,7 @@ from profiles.schema import StagePlacement
 from tasks.environment import home
 from tasks.errors import MachineUnfit
 from tasks.fingerprints import PROJECT
-from tasks.launch import job_python
+from tasks.local_job import job_python
 
 FREE_GB = 5
 

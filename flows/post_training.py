@@ -2,7 +2,9 @@
 
 from typing import Any
 
-from prefect import State, flow
+from prefect import State, Task, flow
+from prefect.futures import PrefectFuture, wait
+from prefect.runtime import flow_run
 from prefect.states import Cancelled
 
 from flows.reporting import gate_candidate, reported
@@ -20,6 +22,7 @@ from tasks.train_policy import train_policy
 from tasks.train_reward_model import train_reward_model
 from tasks.train_sft import train_sft
 from tasks.validate_data import validate_data
+from tasks.watch import watched
 
 
 @flow(name="post-training", flow_run_name="{profile}", persist_result=False, log_prints=False)
@@ -37,7 +40,7 @@ def post_training(profile: str, overrides: list[str] | None = None) -> dict[str,
     run = open_pipeline_run(loaded)
     summary: dict[str, Any] = {}
     try:
-        with reported(run, summary):
+        with reported(run, summary), watched([flow_run.id], run.stop):
             run_stages(run)
     except (RunCancelled, *interrupts()) as error:
         return Cancelled(message=str(error) or "the run was interrupted between two jobs", data=summary)
@@ -45,24 +48,30 @@ def post_training(profile: str, overrides: list[str] | None = None) -> dict[str,
 
 
 def run_stages(run: PipelineRun) -> None:
-    """Run every stage of the recipe, in the order in which each one's inputs are there."""
+    """Run every stage of the recipe as soon as its inputs are there; what does not depend on each other runs side by side."""
     recipe = run.profile.recipe
     made = None
     if recipe.prepare:
-        made = do(prepare_data, run, find_base_model(run.profile, None) if recipe.prepare.base_model else None)
+        made = done(run, start(prepare_data, run, find_base_model(run.profile, None) if recipe.prepare.base_model else None))
     base = find_base_model(run.profile, made)
-    held_out = do(validate_data, run, "eval", made, None)
-    data = {name: do(validate_data, run, name, made, held_out) for name in wanted_datasets(recipe)}
+    held_out = done(run, start(validate_data, run, "eval", made, None))
+    validations = {name: start(validate_data, run, name, made, held_out) for name in wanted_datasets(recipe)}
+    data = all_done(run, validations)
 
-    sft = do(train_sft, run, base, data["sft"]) if recipe.sft else None
-    reward_model = do(train_reward_model, run, base, data["preference"]) if recipe.reward_model else None
+    training = {}
+    if recipe.sft:
+        training["sft"] = start(train_sft, run, base, data["sft"])
+    if recipe.reward_model:
+        training["reward_model"] = start(train_reward_model, run, base, data["preference"])
+    trained = all_done(run, training)
+    sft, reward_model = trained.get("sft"), trained.get("reward_model")
     rows = data["prompts" if isinstance(recipe.policy, Grpo) else "preference"]
-    policy = do(train_policy, run, base, sft, rows, reward_model)
+    policy = done(run, start(train_policy, run, base, sft, rows, reward_model))
 
-    evaluation = do(evaluate_policy, run, base, sft, policy, held_out)
+    evaluation = done(run, start(evaluate_policy, run, base, sft, policy, held_out))
     gate_candidate(run, evaluation)
-    merged = do(merge_lora, run, base, policy)
-    do(export_vllm, run, base, policy, merged, held_out, evaluation)
+    merged = done(run, start(merge_lora, run, base, policy))
+    done(run, start(export_vllm, run, base, policy, merged, held_out, evaluation))
 
 
 def wanted_datasets(recipe: Recipe) -> list[str]:
@@ -72,6 +81,25 @@ def wanted_datasets(recipe: Recipe) -> list[str]:
     return [name for name, reader in wanted.items() if reader]
 
 
-def do(task: Any, *args: Any) -> Artifact:
-    """Run a task here and return its artifact; a task that found its work done returns a state, which has it inside."""
-    return task(*args, return_state=True).result()
+def start(task: Task, *args: Any) -> PrefectFuture:
+    """Start a task in a thread of this process; `args` are artifacts that are there, never futures."""
+    return task.submit(*args)
+
+
+def done(run: PipelineRun, future: PrefectFuture) -> Artifact:
+    return all_done(run, {"": future})[""]
+
+
+def all_done(run: PipelineRun, futures: dict[str, PrefectFuture]) -> dict[str, Artifact]:
+    """Wait for all, then return their artifacts, or raise what stopped the first of them.
+
+    One that fails does not stop the others: what they build is kept, and the next run finds it. When the run itself is
+    stopped, every thread ends its job before this returns: Prefect would leave them running.
+    """
+    try:
+        wait(list(futures.values()))
+    except interrupts():
+        run.stop.set()
+        wait(list(futures.values()))
+        raise
+    return {name: future.result() for name, future in futures.items()}

@@ -203,11 +203,22 @@ class Gates(Strict):
 
 
 class StagePlacement(Strict):
-    tags: list[str] = Field(default_factory=lambda: ["local"], min_length=1)
+    tags: list[str] = Field(
+        default_factory=lambda: ["local"],
+        min_length=1,
+        description="what the work pool must be; [local]: a child process of the run itself",
+    )
+    queue: str = Field("interactive", description="queue of the work pool; `nightly` lets people go first")
     accelerate: str = Field("cpu", description="a file of profiles/accelerate/, without .yaml")
     python: str | None = Field(None, description="the job environment's interpreter; default: the one `make` built")
     timeout_seconds: int = Field(6 * 3600, gt=0)
     env: dict[str, str] = Field(default_factory=dict, description="environment of the job: NCCL, OMP_NUM_THREADS, …")
+
+    @model_validator(mode="after")
+    def _local_alone(self) -> "StagePlacement":
+        if "local" in self.tags and len(self.tags) > 1:
+            raise ValueError(f"tags {self.tags}: local means this very process, it has no other tags beside it")
+        return self
 
 
 STAGES = ("prepare", "sft", "reward_model", "policy", "evaluate", "merge", "export")

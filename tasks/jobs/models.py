@@ -32,8 +32,15 @@ def load_tokenizer(spec: JobSpec) -> PreTrainedTokenizerBase:
 
 
 def load_base(spec: JobSpec) -> PreTrainedModel:
-    """Return the base model in the recipe's dtype."""
-    return AutoModelForCausalLM.from_pretrained(spec.inputs["base_model"], dtype=getattr(torch, spec.config["dtype"]))
+    """Return the base model in the recipe's dtype.
+
+    On the CPU the head gets its input in one piece: TRL keeps only the completion's positions, and of such a slice PyTorch 2.13
+    makes one product per row, which in bfloat16 takes 5.3 s where one product of all takes 0.09 s (48 rows, 49,152 tokens).
+    """
+    base = AutoModelForCausalLM.from_pretrained(spec.inputs["base_model"], dtype=getattr(torch, spec.config["dtype"]))
+    if on_cpu():
+        base.get_output_embeddings().register_forward_pre_hook(lambda head, inputs: (inputs[0].contiguous(),))
+    return base
 
 
 def load_trainable(spec: JobSpec) -> tuple[PreTrainedModel, LoraConfig | None]:

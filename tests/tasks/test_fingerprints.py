@@ -188,4 +188,4 @@ def test_library_versions_are_those_of_the_asked_environment(tmp_path):
         folder = site / f"{name}-{version}.dist-info"
         folder.mkdir(parents=True)
         (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
-    assert library_versions(tmp_path / "bin" / "python") == {"torch": "9.9.9+cpu", "trl": "8.8"}
+    assert library_versions(tmp_path / "bin" / "python") == {"torch": "9.9.9", "trl": "8.8"}

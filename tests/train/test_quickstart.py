@@ -10,6 +10,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -18,7 +19,7 @@ import pytest
 
 from profiles.schema import StagePlacement
 from tasks.job_spec import JobSpec
-from tasks.launch import launch
+from tasks.local_job import run_job
 
 POSTTRAIN = Path(sys.prefix) / "bin" / "posttrain"
 DATA = ["validate-eval", "validate-sft", "validate-preference", "validate-prompts"]
@@ -236,7 +237,7 @@ def test_two_processes_log_each_step_once_and_leave_one_adapter(first, tmp_path)
     )  # fmt: skip
     seen: list[dict] = []
     environment = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    result = launch(spec, StagePlacement(accelerate="cpu_ddp_2", env=environment), seen.extend)
+    result = run_job(spec, StagePlacement(accelerate="cpu_ddp_2", env=environment), seen.extend, threading.Event())
     assert [line["step"] for line in seen if "loss" in line["metrics"]] == [1, 2, 3, 4]
     assert result.status == "done" and (output / "adapter_model.safetensors").is_file()
     assert "world size 2" in (work / "log.txt").read_text()

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from profiles.schema import StagePlacement
-from tasks import launch as launcher
+from tasks import local_job as launcher
 from tasks.errors import DriftHalted, JobFailed, MachineUnfit, RunCancelled
 from tasks.job_spec import JobResult, JobSpec
-from tasks.launch import MetricsReader, job_environment, launch
+from tasks.local_job import MetricsReader, job_environment, run_job
 
 # Called as `python -m accelerate.commands.launch --config_file FILE --module MODULE job.json`, like the real one.
 HEAD = """#!{python} -SE
@@ -51,7 +52,7 @@ def run(spec: JobSpec, tmp_path: Path) -> Callable[..., tuple[JobResult, list]]:
         python.chmod(0o755)
         batches: list = []
         settings = StagePlacement(python=str(python), **placement)
-        return launch(spec, settings, on_metrics or batches.append), batches
+        return run_job(spec, settings, on_metrics or batches.append, threading.Event()), batches
 
     return launch_fake
 
@@ -243,7 +244,7 @@ def test_metrics_line_that_is_half_written_waits_for_its_end(tmp_path):
 def test_job_environment_that_is_missing_is_refused_with_the_way_out(spec, tmp_path):
     placement = StagePlacement(python=str(tmp_path / "gone" / "python"))
     with pytest.raises(MachineUnfit) as refused:
-        launch(spec, placement, lambda lines: None)
+        run_job(spec, placement, lambda lines: None, threading.Event())
     text = str(refused.value)
     assert str(tmp_path / "gone" / "python") in text
     assert "make install" in text and "placement.python" in text and "POSTTRAIN_JOB_PYTHON" in text
@@ -253,19 +254,10 @@ def test_job_environment_of_the_machine_is_used_where_the_profile_names_none(run
     run('leave("result.json", status="done")')  # makes the program
     os.remove(spec.result_file)
     monkeypatch.setenv("POSTTRAIN_JOB_PYTHON", str(tmp_path / "python"))
-    assert launch(spec, StagePlacement(), lambda lines: None).status == "done"
+    assert run_job(spec, StagePlacement(), lambda lines: None, threading.Event()).status == "done"
 
 
 def test_job_environment_that_cannot_be_executed_is_refused_with_the_way_out(spec, tmp_path):
     (tmp_path / "python").write_text("no program")
     with pytest.raises(MachineUnfit):
-        launch(spec, StagePlacement(python=str(tmp_path / "python")), lambda lines: None)
-
-
-@pytest.mark.parametrize("tags", [["gpu"], ["gpu", "h200"], ["local", "gpu"]])
-def test_tags_that_are_not_local_are_refused_with_the_way_out(tags, spec):
-    with pytest.raises(MachineUnfit) as refused:
-        launch(spec, StagePlacement(tags=tags), lambda lines: None)
-    text = str(refused.value)
-    assert "placement.tags" in text and str(tags) in text and "[local]" in text
-    assert list(spec.work.iterdir()) == []
+        run_job(spec, StagePlacement(python=str(tmp_path / "python")), lambda lines: None, threading.Event())

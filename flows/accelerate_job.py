@@ -1,0 +1,103 @@
+"""Runs one job where it was placed: the only flow that GPU pools know."""
+
+import logging
+import time
+from typing import Any
+
+from prefect import State, flow
+from prefect.runtime import flow_run
+from prefect.states import Cancelled
+
+from tasks.artifacts import Store
+from tasks.errors import MachineUnfit, PipelineError, RunCancelled
+from tasks.fingerprints import code_digest, library_versions
+from tasks.interrupts import interrupts
+from tasks.job_order import JobOrder
+from tasks.launch import build_here, work_folder
+from tasks.local_job import Metrics, job_python
+from tasks.pipeline_run import store, write_json
+from tasks.pools import OUTCOME
+from tasks.watch import watched
+
+MIRROR_SECONDS = {"metrics.jsonl": 2.0, "log.txt": 20.0}
+log = logging.getLogger("posttrain")
+
+
+@flow(name="accelerate-job", persist_result=False)
+def accelerate_job(order: dict[str, Any]) -> State | None:
+    """Build what a pipeline run ordered, and leave the outcome beside the job's log.
+
+    Args:
+        order: a JobOrder; a pipeline run fills it in
+
+    Raises what stopped the job; the run that ordered it raises the same.
+    """
+    wanted = JobOrder.model_validate(order)
+    here, work = store(), work_folder(wanted)
+    mirror = Mirror(here, wanted)
+    outcome: dict[str, Any] = {"error": "JobFailed", "message": "a bug: the log of this run has its traceback"}
+    try:
+        refuse_other_machine(wanted, here)
+        with watched([flow_run.id, flow_run.parent_flow_run_id]) as stop:
+            inputs = {name: here.resolve(ref, wanted.identity["inputs"][name]) for name, ref in wanted.inputs.items()}
+            build_here(wanted, inputs, here, mirror.hear, stop)
+        outcome = {"error": None}
+    except PipelineError as error:
+        outcome = {"error": type(error).__name__, "message": str(error)}
+        if isinstance(error, RunCancelled):
+            return Cancelled(message=str(error))
+        raise
+    except interrupts() as error:
+        outcome = {"error": "RunCancelled", "message": f"{wanted.stage} was interrupted"}
+        return Cancelled(message=str(error))
+    finally:
+        write_json(work / OUTCOME, outcome)
+        mirror.finish()
+    return None
+
+
+def refuse_other_machine(order: JobOrder, here: Store) -> None:
+    """Raise MachineUnfit if what is built here would not be what was ordered: another store, other code, other libraries."""
+    if here.id() != order.store_id:
+        raise MachineUnfit(
+            f"this worker's store is {here.remote.url if here.remote else here.root}, the ordering run's is another "
+            f"({order.store_id}). Give both the same POSTTRAIN_STORE, or the same POSTTRAIN_HOME on a common disk."
+        )
+    if code_digest(order.module) != order.identity["code"]:
+        raise MachineUnfit(
+            f"{order.module} on this worker is not the code of the ordering run: deploy the same commit to both."
+        )
+    python = job_python(order.placement)
+    here_are, ordered = library_versions(python), order.identity["libraries"]
+    other = [name for name in sorted(here_are | ordered) if here_are.get(name) != ordered.get(name)]
+    if other:
+        lines = [f"{name} {here_are.get(name, 'missing')} (ordered: {ordered.get(name, 'none')})" for name in other]
+        raise MachineUnfit(f"the job environment {python} of this worker is not the ordering run's: {', '.join(lines)}.")
+
+
+class Mirror:
+    """Keeps the job's metrics and log in the remote store up to date; a store that hiccups costs the job nothing."""
+
+    def __init__(self, here: Store, order: JobOrder):
+        self.remote, self.order = here.remote, order
+        self.done = dict.fromkeys(MIRROR_SECONDS, 0.0)
+
+    def hear(self, lines: Metrics) -> None:
+        for name, seconds in MIRROR_SECONDS.items():
+            if time.monotonic() - self.done[name] > seconds:
+                self._put(name)
+                self.done[name] = time.monotonic()
+
+    def finish(self) -> None:
+        """Copy the last state of everything; the outcome goes last, because it ends the wait of the ordering run."""
+        for name in (*MIRROR_SECONDS, "result.json", OUTCOME):
+            self._put(name)
+
+    def _put(self, name: str) -> None:
+        path = work_folder(self.order) / name
+        if self.remote is None or not path.is_file():
+            return
+        try:
+            self.remote.put_work(self.order.work, path)
+        except OSError as error:
+            log.warning("%s not copied to %s: %s", name, self.remote.url, error)
