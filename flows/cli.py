@@ -1,4 +1,4 @@
-"""The `posttrain` command: run, plan, validate, ui, doctor."""
+"""The `posttrain` command: run, plan, validate, ui, pools, sweep, doctor."""
 
 import json
 import os
@@ -30,12 +30,18 @@ def run(
     profile: ProfileName,
     overrides: Overrides = None,
     as_json: Annotated[bool, typer.Option("--json", help="print summary.json last on standard output")] = False,
+    deployment: Annotated[str | None, typer.Option(help="run it on the server, through this deployment")] = None,
+    wait: Annotated[bool, typer.Option("--wait", help="with --deployment: wait, and exit with the run's own code")] = False,
 ) -> None:
     """Take a profile to an export that vLLM serves; stages whose work is in the store are not run again."""
     from flows import terminal
     from tasks.check_profile import load_profile
 
     load_profile(profile, overrides)  # a wrong setting must not cost the start of a server
+    if deployment:
+        sys.exit(_run_there(deployment, profile, overrides, wait))
+    if wait:
+        raise typer.BadParameter("--wait goes with --deployment: a run here is always waited for")
     refuse_full_disk()
     if GUARDED not in os.environ:
         sys.exit(_run_guarded())
@@ -95,6 +101,24 @@ def ui(
 
 
 @app.command()
+def pools(
+    file: Annotated[Path, typer.Option(help="the prefect.yaml whose definitions.pools are created")] = Path("prefect.yaml"),
+) -> None:
+    """Create or update the server's work pools, their queues, and the automation for runs that died."""
+    from flows.server_setup import set_up
+
+    print("\n".join(set_up(file)))
+
+
+@app.command()
+def sweep() -> None:
+    """Say everywhere that runs of this home folder are dead whose process is gone, and end what is left of them."""
+    from flows.sweep import sweep_runs
+
+    print("\n".join(sweep_runs()) or "no run is dead")
+
+
+@app.command()
 def doctor() -> None:
     """Check this machine: versions against the pinned set, hardware, disk, servers. Each line is ok or says what to do."""
     from flows import doctor as checks
@@ -115,7 +139,7 @@ def _run_guarded() -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     process = subprocess.Popen(command, stdin=subprocess.PIPE, env=os.environ | {GUARDED: "1"}, start_new_session=True)
     try:
-        return process.wait()
+        return _wait_for(process)
     except KeyboardInterrupt:
         process.terminate()
     try:
@@ -123,6 +147,31 @@ def _run_guarded() -> int:
     except KeyboardInterrupt:
         os.killpg(process.pid, signal.SIGKILL)
         return 130
+
+
+def _wait_for(process: subprocess.Popen) -> int:
+    """Return the run's exit code; if it was killed, and could not say so anywhere, a sweep says it."""
+    code = process.wait()
+    if code in (-signal.SIGKILL, 128 + signal.SIGKILL):
+        subprocess.run([sys.executable, "-P", "-m", "flows.cli", "sweep"], stdout=sys.stderr)
+    return code
+
+
+def _run_there(deployment: str, profile: str, overrides: list[str] | None, wait: bool) -> int:
+    """Start the run on the server; with `wait` return its own exit code, else 0 once it is accepted."""
+    from flows import remote_run, terminal
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with terminal.attached():
+        flow_run = remote_run.start(deployment, profile, overrides)
+        print(f"{flow_run.name}  {remote_run.page(flow_run)}", flush=True)
+        if not wait:
+            return 0
+        end = remote_run.wait(flow_run)
+    print(f"{flow_run.name}  {end['state']}  run {end['run_id']}  exit {end['exit_code']}")
+    if end["exit_code"]:
+        print(end["message"], file=sys.stderr)
+    return int(end["exit_code"])
 
 
 def _run_here(profile: str, overrides: list[str] | None) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from prefect.runtime import flow_run
 from prefect.states import Cancelled
 
 from flows.reporting import gate_candidate, reported
+from flows.sweep import sweep_runs
 from profiles.schema import Grpo, Recipe
 from tasks.artifacts import Artifact
 from tasks.check_profile import check_profile, load_profile
@@ -37,7 +38,8 @@ def post_training(profile: str, overrides: list[str] | None = None) -> dict[str,
     """
     loaded = load_profile(profile, overrides)
     check_profile(loaded)
-    run = open_pipeline_run(loaded)
+    sweep_runs()
+    run = open_pipeline_run(loaded, flow_run.id)
     summary: dict[str, Any] = {}
     try:
         with reported(run, summary), watched([flow_run.id], run.stop):

@@ -7,14 +7,15 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 from prefect.artifacts import create_link_artifact, create_markdown_artifact
-from prefect.runtime import flow_run
+from prefect.client.orchestration import get_client
 
 from flows import report
 from tasks import gates
 from tasks.artifacts import MANIFEST, Artifact, disk_errors
-from tasks.errors import GateFailed, RunCancelled
+from tasks.errors import GateFailed, RunCancelled, RunDied
 from tasks.interrupts import interrupts
 from tasks.monitoring import mlflow_runs
 from tasks.pipeline_run import PipelineRun, StageRecord, write_json
@@ -39,6 +40,7 @@ def reported(run: PipelineRun, summary: dict[str, Any]) -> Iterator[None]:
             summary.update(summarise(run, error))
             with disk_errors(run.folder):
                 publish(run, summary)
+            label(run, summary)
 
 
 def summarise(run: PipelineRun, error: BaseException | None) -> dict[str, Any]:
@@ -59,7 +61,7 @@ def summarise(run: PipelineRun, error: BaseException | None) -> dict[str, Any]:
         "serve": serve_command(export),
         "report": str(run.folder / "report.html"),
         "mlflow_run_id": run.mlflow_run_id,
-        "prefect_flow_run_id": flow_run.id,
+        "prefect_flow_run_id": run.flow_run_id,
     }
 
 
@@ -72,6 +74,9 @@ def serve_command(export: StageRecord | None) -> str | None:
 
 
 def status_of(error: BaseException | None) -> str:
+    """Return completed, failed, cancelled, or crashed for a run that died without a word."""
+    if isinstance(error, RunDied):
+        return "crashed"
     if error is None:
         return "completed"
     return "cancelled" if isinstance(error, (RunCancelled, *interrupts())) else "failed"
@@ -128,6 +133,13 @@ def publish(run: PipelineRun, summary: dict[str, Any]) -> None:
     (run.folder / "report.html").write_text(report.html(run, summary, plots), encoding="utf-8")
     mlflow_runs.log_file(run.mlflow_run_id, run.folder / "report.html")
     create_markdown_artifact(key="summary", markdown=report.markdown(run, summary, plots), description="Stages, metrics, gate")
+
+
+def label(run: PipelineRun, summary: dict[str, Any]) -> None:
+    """Put on the Prefect run what a caller far away needs: `posttrain run --deployment` exits with the code that is there."""
+    labels = {f"posttrain.{name}": summary[name] for name in ("profile", "run_id", "status", "exit_code")}
+    with get_client(sync_client=True) as client:
+        client.update_flow_run_labels(UUID(run.flow_run_id), labels)
 
 
 def _read(path: Path, default: Any) -> Any:

@@ -11,6 +11,8 @@ PROBE_BYTES = 2**20
 FREE_BYTES_MIN = 256 * 2**20  # both databases, the quickstart's artifacts and its vLLM log
 ANOTHER_DISK = "Free space there, or set POSTTRAIN_HOME to a folder on another disk."
 
+HEARTBEAT_SECONDS = 30  # Prefect's smallest; its default of 180 would leave a dead run Running for nine minutes
+
 DEFAULTS = {
     "DO_NOT_TRACK": "1",
     "GX_ANALYTICS_ENABLED": "false",
@@ -21,6 +23,7 @@ DEFAULTS = {
     "VLLM_NO_USAGE_STATS": "1",
     # The default of 20 s is too short for the embedded server's first start on a cold machine (PrefectHQ/prefect#16397).
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",
+    "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_SECONDS),
     # Our own logger's lines appear on the run's page beside Prefect's.
     "PREFECT_LOGGING_EXTRA_LOGGERS": "posttrain",
     # `plan` and `validate` log outside of any run.

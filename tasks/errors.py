@@ -7,6 +7,7 @@ PipelineError            1
 │   └── MachineUnfit     4    the job cannot even start here: no job environment, no disk, a busy port
 ├── DriftHalted          5    reward, KL or entropy left its corridor
 ├── GateFailed           6    the candidate is not good enough
+├── RunDied              1    a run's process ended without a word; a sweep found it
 └── RunCancelled       130    someone stopped the run
 """
 
@@ -49,6 +50,10 @@ class GateFailed(PipelineError):
     """The candidate did not pass its gate; the text has every reason with its numbers."""
 
     exit_code = 6
+
+
+class RunDied(PipelineError):
+    """A run's process ended without a word: SIGKILL, power, a lost node. A sweep speaks for it."""
 
 
 class RunCancelled(PipelineError):

@@ -2,8 +2,9 @@
 
 `python guard.py GRACE_SECONDS -- COMMAND…`, started in a session of its own with a pipe as standard input. The guard is
 the child subreaper of everything below it (Linux), so orphaned grandchildren become its children. End of file on the
-pipe means that the asking process is gone, in whatever way, SIGKILL included. On that, or on TERM or INT, the command
-gets TERM, then after the grace every descendant gets KILL until none is left. The command's exit code is passed on.
+pipe means that the asking process is gone, in whatever way, SIGKILL included. On that, or on TERM or INT, the command and
+the processes that it started get TERM (a launcher of one process passes none on), then after the grace every descendant gets
+KILL until none is left. The command's exit code is passed on.
 Standard library only: it starts in milliseconds, before anything heavy is imported.
 """
 
@@ -16,6 +17,7 @@ import sys
 import threading
 import time
 
+MARKER = "POSTTRAIN_JOB"  # the work folder of the job that a process belongs to
 PR_SET_CHILD_SUBREAPER = 36
 SETTLE_SECONDS = 2.0  # what a finished command's helpers get to end by themselves
 
@@ -37,7 +39,8 @@ def main(grace_seconds: float, command: list[str]) -> int:
     while child.poll() is None and not stop.wait(0.1):
         pass
     if child.poll() is None:
-        child.terminate()
+        for pid in (*_children(child.pid), child.pid):
+            _signal(pid, signal.SIGTERM)
     _wait(child, grace_seconds if stop.is_set() else SETTLE_SECONDS)
     _kill_descendants()
     code = child.wait()
@@ -59,9 +62,34 @@ def _wait(child: subprocess.Popen, seconds: float) -> None:
 def _kill_descendants() -> None:
     while alive := _descendants():
         for pid in alive:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+            _signal(pid, signal.SIGKILL)
         time.sleep(0.05)
+
+
+def kill_marked(marker: str) -> None:
+    """Kill every process with `marker`, or a folder below it, as POSTTRAIN_JOB in its environment: for a guard that died."""
+    while marked := _marked(marker):
+        for pid in marked:
+            _signal(pid, signal.SIGKILL)
+        time.sleep(0.05)
+
+
+def _marked(marker: str) -> list[int]:
+    entries = (f"{MARKER}={marker}\0".encode(), f"{MARKER}={marker}/".encode())
+    found = []
+    for name in os.listdir("/proc"):
+        with contextlib.suppress(OSError):
+            if name.isdigit() and not _is_zombie(int(name)):
+                with open(f"/proc/{name}/environ", "rb") as file:
+                    environment = b"\0" + file.read() + b"\0"
+                if any(b"\0" + entry in environment for entry in entries):
+                    found.append(int(name))
+    return [pid for pid in found if pid != os.getpid()]
+
+
+def _signal(pid: int, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
 
 
 def _descendants() -> list[int]:

@@ -10,7 +10,8 @@ class JobSpec(BaseModel):
     """Everything a job knows: it reads no other setting, so the same spec gives the same result on any pool.
 
     `inputs` maps a name to a folder (or a hub id for a base model); `output` is the empty folder the job fills;
-    `work` holds what is not part of the artifact: log, metrics, checkpoints.
+    `work` holds what is not part of the artifact: log, metrics, result; `checkpoints` outlives the run, for the next one that
+    builds the same artifact.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -23,6 +24,7 @@ class JobSpec(BaseModel):
     drift: dict[str, Any] = {}
     output: Path
     work: Path
+    checkpoints: Path
 
     @property
     def metrics_file(self) -> Path:

@@ -1,9 +1,11 @@
 """Builds what a JobOrder asks for where its placement says: as a child process here, or on a work pool chosen by tags."""
 
+import fcntl
+import shutil
 import threading
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 from profiles.schema import StagePlacement
@@ -46,17 +48,19 @@ def build_here(
     Raises DriftHalted, JobFailed, MachineUnfit or RunCancelled; nothing of a failed build is left in the store.
     """
     start = time.monotonic()
-    with store.staging(order.stage, order.fingerprint) as staged:
+    with store.staging(order.stage, order.fingerprint) as staged, checkpoint_folder(order) as checkpoints:
         spec = JobSpec(
             stage=order.stage, module=order.module, seed=order.seed, config=order.config, drift=order.drift,
-            inputs=inputs, output=staged, work=work_folder(order),
+            inputs=inputs, output=staged, work=work_folder(order), checkpoints=checkpoints,
         )  # fmt: skip
         result = run_job(spec, order.placement, on_metrics, stop)
         built = Artifact(
             order.stage, str(staged), order.fingerprint, "", result.metrics, result.details, order.mlflow_run_id,
             round(time.monotonic() - start, 2),
         )  # fmt: skip
-        return store.commit(staged, built, order.identity)
+        artifact = store.commit(staged, built, order.identity)
+        shutil.rmtree(checkpoints, ignore_errors=True)
+        return artifact
 
 
 def work_folder(order: JobOrder) -> Path:
@@ -65,3 +69,18 @@ def work_folder(order: JobOrder) -> Path:
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+@contextmanager
+def checkpoint_folder(order: JobOrder) -> Iterator[Path]:
+    """Yield where the job saves and looks for checkpoints: one folder per fingerprint, or its own if another job has that."""
+    shared = home() / ".checkpoints" / order.stage / order.fingerprint
+    with disk_errors(shared):
+        shared.mkdir(parents=True, exist_ok=True)
+    with (shared.parent / f"{order.fingerprint}.lock").open("w") as lock:
+        free = True
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            free = False
+        yield shared if free else work_folder(order) / "checkpoints"

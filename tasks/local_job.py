@@ -18,10 +18,11 @@ import yaml
 
 from profiles.load import accelerate_file
 from profiles.schema import StagePlacement
+from tasks import devices
 from tasks.artifacts import disk_errors
 from tasks.errors import DriftHalted, JobFailed, MachineUnfit, RunCancelled
 from tasks.fingerprints import PROJECT
-from tasks.guard import guarded
+from tasks.guard import MARKER, guarded, kill_marked
 from tasks.interrupts import interrupts
 from tasks.job_spec import JobResult, JobSpec
 
@@ -36,7 +37,16 @@ Metrics = list[dict[str, Any]]
 
 def num_processes(placement: StagePlacement) -> int:
     """Return how many ranks the accelerate file starts: each multiplies the global batch, so it is part of the identity."""
-    return int(yaml.safe_load(accelerate_file(placement.accelerate).read_text())["num_processes"])
+    return int(_accelerate_settings(placement)["num_processes"])
+
+
+def uses_cpu(placement: StagePlacement) -> bool:
+    """Tell whether the accelerate file keeps the job off the GPUs."""
+    return bool(_accelerate_settings(placement).get("use_cpu"))
+
+
+def _accelerate_settings(placement: StagePlacement) -> dict[str, Any]:
+    return yaml.safe_load(accelerate_file(placement.accelerate).read_text())
 
 
 def job_python(placement: StagePlacement) -> Path:
@@ -63,8 +73,10 @@ def run_job(
     with disk_errors(spec.work):
         (spec.work / "job.json").write_text(spec.model_dump_json(indent=1))
     log_file = spec.work / "log.txt"
+    command, env = _command(spec, placement), job_environment(placement) | {MARKER: str(spec.work)}
+    gpus = [] if uses_cpu(placement) else devices.visible(env)
     try:
-        with _child(_command(spec, placement), job_environment(placement), log_file) as (process, pump):
+        with devices.held(gpus, str(spec.work), stop) as locks, _child(command, env, log_file, locks) as (process, pump):
             code = _follow(process, pump, spec, placement.timeout_seconds, on_metrics, stop)
     except (Stopped, *interrupts()):
         raise RunCancelled(f"{spec.stage} was interrupted, and its job ended. Log: {log_file}") from None
@@ -91,11 +103,16 @@ def job_environment(placement: StagePlacement) -> dict[str, str]:
 
 
 @contextmanager
-def _child(command: list[str], env: dict[str, str], log_file: Path) -> Iterator[tuple[subprocess.Popen, "_Pump"]]:
-    """Start the command under the guard in a session of its own; on any way out, nothing of it stays alive."""
+def _child(
+    command: list[str], env: dict[str, str], log_file: Path, locks: list[int]
+) -> Iterator[tuple[subprocess.Popen, "_Pump"]]:
+    """Start the guard with the command in a session of its own; on any way out, nothing of it stays alive.
+
+    The guard inherits the locks, so they are held until the last process of the job is gone, whatever becomes of this one.
+    """
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=env,
-        start_new_session=True,
+        start_new_session=True, pass_fds=locks,
     )  # fmt: skip
     pump = _Pump(process.stdout, log_file)
     pump.start()
@@ -103,7 +120,8 @@ def _child(command: list[str], env: dict[str, str], log_file: Path) -> Iterator[
         yield process, pump
     finally:
         process.stdin.close()
-        process.wait()
+        if process.wait() < 0:  # someone killed the guard itself
+            kill_marked(env[MARKER])
         pump.join()
         pump.ship()
 

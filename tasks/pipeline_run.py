@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -16,6 +17,8 @@ from tasks.artifacts import Artifact, Store, disk_errors
 from tasks.environment import home
 from tasks.monitoring import mlflow_runs
 from tasks.remote_store import RemoteStore
+
+PROCESS = "process.json"
 
 
 @dataclass
@@ -40,6 +43,7 @@ class PipelineRun:
     run_id: str
     folder: Path
     mlflow_run_id: str
+    flow_run_id: str
     stop: threading.Event = field(default_factory=threading.Event)  # ends every job of the run, in whatever thread it is
 
     @property
@@ -71,7 +75,7 @@ def store() -> Store:
     return Store(home() / ".store", RemoteStore(url) if url else None)
 
 
-def open_pipeline_run(profile: Profile) -> PipelineRun:
+def open_pipeline_run(profile: Profile, flow_run_id: str) -> PipelineRun:
     """Make the run's folder, named by the time so that folders sort, and its parent run in MLflow."""
     run_id = f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{os.urandom(2).hex()}"
     mlflow_run_id = mlflow_runs.open_run(profile.name, run_id, {"run_id": run_id, "profile": profile.name})
@@ -79,7 +83,23 @@ def open_pipeline_run(profile: Profile) -> PipelineRun:
     with disk_errors(folder):
         folder.mkdir(parents=True)
         write_json(folder / "profile.json", profile.model_dump(mode="json"))
-    return PipelineRun(profile, run_id, folder, mlflow_run_id)
+        ids = {"flow_run_id": flow_run_id, "mlflow_run_id": mlflow_run_id}
+        write_json(folder / PROCESS, {"host": socket.gethostname(), "pid": os.getpid(), "born": _born(os.getpid())} | ids)
+    return PipelineRun(profile, run_id, folder, mlflow_run_id, flow_run_id)
+
+
+def is_alive(process: dict[str, Any]) -> bool:
+    """Tell whether the process that a run's process.json names is still there, and not another one with its number."""
+    return _born(process["pid"]) == process["born"]
+
+
+def _born(pid: int) -> str | None:
+    """Return the moment of a process's start, in clock ticks since boot, with the boot's id; None if it is gone."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+        return None if fields[0] in "ZX" else f"{fields[19]} {Path('/proc/sys/kernel/random/boot_id').read_text().strip()}"
+    except OSError:
+        return None
 
 
 @contextmanager

@@ -2,15 +2,19 @@
 
 import json
 import math
+import signal
 import time
 from collections import defaultdict
+from pathlib import Path
 
 import torch
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from tasks.job_spec import JobSpec
 from tasks.jobs.job import Halted
 from tasks.monitoring.drift import Breach, breach
+
+SAVED = "saved"
 
 
 class MetricsFile(TrainerCallback):
@@ -19,13 +23,47 @@ class MetricsFile(TrainerCallback):
     def __init__(self, spec: JobSpec):
         self.path = spec.metrics_file
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Write the lines of the job that is gone on with: a curve has no gap, whichever run looks at it."""
+        for logs in state.log_history:
+            self._write(state, logs["step"], logs)
+
     def on_log(self, args, state, control, logs=None, **kwargs):
+        self._write(state, state.global_step, logs or {})
+
+    def _write(self, state, step, logs):
         if not state.is_world_process_zero:
             return
-        metrics = {key: value for key, value in (logs or {}).items() if isinstance(value, int | float)}
-        line = {"step": state.global_step, "max_steps": state.max_steps, "time": time.time(), "metrics": metrics}
+        metrics = {key: value for key, value in logs.items() if isinstance(value, int | float) and key != "step"}
+        line = {"step": step, "max_steps": state.max_steps, "time": time.time(), "metrics": metrics}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+
+
+class StopOnTerm(TrainerCallback):
+    """On SIGTERM saves a checkpoint at the end of the step and stops there: every rank at the same step.
+
+    `saved` is written last, so a checkpoint that the final SIGKILL cut short is not believed.
+    """
+
+    def __init__(self, trainer: Trainer):
+        self.accelerator = trainer.accelerator
+        self.stopped = False
+        signal.signal(signal.SIGTERM, lambda *_: self.accelerator.set_trigger())
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.accelerator.check_trigger():
+            self.stopped = control.should_save = control.should_training_stop = True
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / SAVED).touch()
+
+
+def last_saved(checkpoints: Path) -> str | None:
+    """Return the newest whole checkpoint, if there is one."""
+    found = [path.parent for path in checkpoints.glob(f"checkpoint-*/{SAVED}")]
+    return str(max(found, key=lambda path: int(path.name.split("-")[1]))) if found else None
 
 
 class FrozenWeights(TrainerCallback):
@@ -60,14 +98,21 @@ class DriftHalt(TrainerCallback):
         self.found: Breach | None = None
         self.good: str | None = None
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        for logs in state.log_history:
+            self._take(logs["step"], logs)
+
     def on_log(self, args, state, control, logs=None, **kwargs):
-        for key in self.WATCHED:
-            if key in (logs or {}):
-                self.series[key].append((state.global_step, float(logs[key])))
+        self._take(state.global_step, logs or {})
         if self.found is None and self.series:
             self.found = breach(self.series, self.limits)
         if self.found is not None:
             control.should_training_stop = True
+
+    def _take(self, step, logs):
+        for key in self.WATCHED:
+            if key in logs:
+                self.series[key].append((step, float(logs[key])))
 
     def on_save(self, args, state, control, **kwargs):
         if self.found is None and all(math.isfinite(points[-1][1]) for points in self.series.values()):

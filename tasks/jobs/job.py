@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import Any
 from tasks.job_spec import JobResult, JobSpec
 
 HALT_EXIT_CODE = 5
+TERMINATED_EXIT_CODE = 143
 
 
 class Halted(Exception):
@@ -20,8 +22,13 @@ class Halted(Exception):
         super().__init__(f"{breach} Last checkpoint inside the corridors: {last_good or 'none was saved'}.")
 
 
+class Interrupted(Exception):
+    """The job was told to end, and saved what it had at a step's end."""
+
+
 def run(main: Callable[[JobSpec], JobResult]) -> None:
     """Run `main` on the spec that the command line names, and exit as the pipeline expects."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED_EXIT_CODE))  # so that servers the job started are ended
     spec = JobSpec.model_validate_json(Path(sys.argv[1]).read_text())
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     print(f"{spec.stage}: rank {rank}, world size {world_size}", flush=True)
@@ -31,6 +38,8 @@ def run(main: Callable[[JobSpec], JobResult]) -> None:
         if rank == 0:
             _leave(spec.result_file, JobResult(status="halted", error=str(halt)))
         sys.exit(HALT_EXIT_CODE)
+    except Interrupted:
+        sys.exit(TERMINATED_EXIT_CODE)
     except BaseException as error:
         failure = JobResult(status="failed", error=_cause(error), rank=rank)
         _leave(spec.work / f"failure.rank{rank}.json", failure)

@@ -1,5 +1,6 @@
 """The frame around every TRL trainer: its arguments, its rows, its listeners, and the proof that something moved."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from tasks.job_spec import JobSpec
-from tasks.jobs.callbacks import DriftHalt, MetricsFile
+from tasks.jobs.callbacks import DriftHalt, MetricsFile, StopOnTerm, last_saved
+from tasks.jobs.job import Interrupted
 from tasks.jobs.models import on_cpu
 
 FROZEN_TOLERANCE = 1e-4  # of a tensor's largest value: float32 rounding of hundreds of merges and unmerges is below 1e-6
@@ -23,7 +25,7 @@ def trl_args(config_class: type, spec: JobSpec, **ours: Any) -> Any:
         defaults |= {"dataloader_pin_memory": False}
     return config_class(
         **defaults | spec.config["args"] | ours,
-        output_dir=str(spec.work / "checkpoints"), report_to="none", seed=spec.seed, use_cpu=on_cpu(), disable_tqdm=True,
+        output_dir=str(spec.checkpoints), report_to="none", seed=spec.seed, use_cpu=on_cpu(), disable_tqdm=True,
     )  # fmt: skip
 
 
@@ -38,6 +40,7 @@ def train(trainer: Trainer, spec: JobSpec, num_rows: int | None = None) -> dict[
 
     `num_rows` is how many went in. TRL leaves out rows of which truncation leaves nothing to train on, and says so in the
     title of a progress bar: `data/dropped_rows` counts them (packing joins rows, so there it cannot be told).
+    Told to end by SIGTERM it saves a checkpoint and raises Interrupted; the next job with the same `checkpoints` goes on there.
     Raises Halted on drift, and RuntimeError if a trainable tensor did not change or a frozen one did.
     """
     drift = DriftHalt(spec) if spec.drift else None
@@ -49,7 +52,14 @@ def train(trainer: Trainer, spec: JobSpec, num_rows: int | None = None) -> dict[
     before = {name: _sample(p) for name, p in trainer.model.named_parameters()}
     packed = getattr(trainer.args, "packing", False)
     dropped = 0 if num_rows is None or packed else num_rows - len(trainer.train_dataset)
-    trainer.train()
+    resumed = last_saved(spec.checkpoints)
+    if resumed:
+        logging.getLogger(__name__).warning("goes on from %s, which an interrupted run left", resumed)
+    stop = StopOnTerm(trainer)
+    trainer.add_callback(stop)
+    trainer.train(resume_from_checkpoint=resumed)
+    if stop.stopped:
+        raise Interrupted
     if drift is not None:
         drift.verdict()
     _assert_moved(trainer.model, before)

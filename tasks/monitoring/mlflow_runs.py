@@ -106,12 +106,25 @@ def closing(run_id: str) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        status, tags = verdict(error)
-        for key, value in tags.items():
-            _client().set_tag(run_id, key, value)
-        _client().set_terminated(run_id, status)
+        close(run_id, error)
         raise
     _client().set_terminated(run_id, FINISHED)
+
+
+def close(run_id: str, error: BaseException) -> None:
+    """Close a run with what an error means."""
+    status, tags = verdict(error)
+    set_tags(run_id, tags)
+    _client().set_terminated(run_id, status)
+
+
+def close_family(run_id: str, error: BaseException) -> None:
+    """Close a run that died, and those of its stages that still say RUNNING."""
+    experiment = _client().get_run(run_id).info.experiment_id
+    stages = _client().search_runs([experiment], f"tags.`mlflow.parentRunId` = '{run_id}'")
+    for stage in (run for run in stages if run.info.status == "RUNNING"):
+        close(stage.info.run_id, error)
+    close(run_id, error)
 
 
 def verdict(error: BaseException) -> tuple[str, dict[str, str]]:

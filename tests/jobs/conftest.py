@@ -39,7 +39,16 @@ def spec(made, tmp_path):
         output.mkdir(parents=True)
         work.mkdir()
         config = {"dtype": "float32", "base_digest": "tiny"} | config
-        return JobSpec(stage=stage, module=f"tasks.jobs.{stage}", seed=1, inputs=given, config=config, output=output, work=work)
+        return JobSpec(
+            stage=stage,
+            module=f"tasks.jobs.{stage}",
+            seed=1,
+            inputs=given,
+            config=config,
+            output=output,
+            work=work,
+            checkpoints=work / "checkpoints",
+        )
 
     return make_spec
 

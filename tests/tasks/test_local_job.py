@@ -38,7 +38,7 @@ def spec(tmp_path: Path) -> JobSpec:
         (tmp_path / name).mkdir()
     return JobSpec(
         stage="sft", module="tasks.jobs.sft", seed=1, inputs={"rows": "/store/rows"}, config={"args": {}},
-        output=tmp_path / "output", work=tmp_path / "work",
+        output=tmp_path / "output", work=tmp_path / "work", checkpoints=tmp_path / "checkpoints",
     )  # fmt: skip
 
 

@@ -231,7 +231,7 @@ def test_two_processes_log_each_step_once_and_leave_one_adapter(first, tmp_path)
     args = {"max_steps": 4, "per_device_train_batch_size": 16, "learning_rate": 1e-3, "gradient_checkpointing": False}
     lora = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0, "target_modules": "all-linear", "use_rslora": False}
     spec = JobSpec(
-        stage="sft", module="tasks.jobs.sft", seed=1, output=output, work=work,
+        stage="sft", module="tasks.jobs.sft", seed=1, output=output, work=work, checkpoints=work / "checkpoints",
         inputs={"base_model": f"{artifact(first, 'prepare')}/base_model", "rows": artifact(first, "validate-sft")},
         config={"dtype": "float32", "base_digest": "quickstart", "lora": lora, "args": args},
     )  # fmt: skip

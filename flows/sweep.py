@@ -1,0 +1,82 @@
+"""Speaks for runs that died too hard to speak for themselves: SIGKILL, power, a lost node leave them Running everywhere."""
+
+import fcntl
+import json
+import logging
+import socket
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+from prefect import flow
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import StateType
+from prefect.exceptions import ObjectNotFound
+from prefect.states import Crashed, State
+
+from flows.reporting import summarise
+from profiles.schema import Profile
+from tasks.environment import home
+from tasks.errors import PipelineError, RunCancelled, RunDied
+from tasks.guard import kill_marked
+from tasks.monitoring import mlflow_runs
+from tasks.pipeline_run import PROCESS, PipelineRun, is_alive, write_json
+
+log = logging.getLogger("posttrain")
+
+
+@flow(name="sweep", persist_result=False)
+def sweep() -> list[str]:
+    """End what is left of dead runs and say everywhere that they died; returns a line per run."""
+    return sweep_runs()
+
+
+def sweep_runs() -> list[str]:
+    """Sweep this home folder; of two sweeps at once the second does nothing."""
+    home().mkdir(parents=True, exist_ok=True)
+    with (home() / ".sweep.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return []
+        return [line for path in sorted(home().glob(f"*/*/{PROCESS}")) if (line := _sweep_run(path)) is not None]
+
+
+def _sweep_run(path: Path) -> str | None:
+    folder = path.parent
+    if (folder / "summary.json").is_file():
+        return None
+    process = json.loads(path.read_text())
+    state = _state(process["flow_run_id"])
+    here = process["host"] == socket.gethostname()
+    if here and is_alive(process):
+        return None
+    if not here and (state is None or not state.is_final()):
+        return None  # another machine's run, which nothing says is dead
+    kill_marked(str(folder))
+    why = f"process {process['pid']} on {process['host']} is gone" if here else f"Prefect says {state.name}: {state.message}"
+    cancelled = state is not None and state.type in (StateType.CANCELLED, StateType.CANCELLING)
+    error: PipelineError = RunCancelled(why) if cancelled else RunDied(why)
+    _close(folder, process, error)
+    if state is not None and not state.is_final():
+        with get_client(sync_client=True) as client:
+            client.set_flow_run_state(UUID(process["flow_run_id"]), Crashed(message=why), force=True)
+    log.warning("%s/%s died: %s", folder.parent.name, folder.name, why)
+    return f"{folder.parent.name}/{folder.name}: {why}"
+
+
+def _close(folder: Path, process: dict[str, Any], error: PipelineError) -> None:
+    """Close the run and its stages in MLflow, and write the summary that the run could not."""
+    mlflow_runs.close_family(process["mlflow_run_id"], error)
+    profile = Profile.model_validate(json.loads((folder / "profile.json").read_text()))
+    run = PipelineRun(profile, folder.name, folder, process["mlflow_run_id"], process["flow_run_id"])
+    write_json(folder / "summary.json", summarise(run, error))
+
+
+def _state(flow_run_id: str) -> State | None:
+    """Return the run's state, or None if this server never heard of it."""
+    try:
+        with get_client(sync_client=True) as client:
+            return client.read_flow_run(UUID(flow_run_id)).state
+    except ObjectNotFound:
+        return None
