@@ -54,13 +54,17 @@ class Store:
     def id(self) -> str:
         """Return what two processes compare to know that they share this store."""
         if self.remote is not None:
-            return self.remote.url
+            return self.remote.id()
         path = self.root / ".id"
         with disk_errors(self.root):
             self.root.mkdir(parents=True, exist_ok=True)
-            with contextlib.suppress(FileExistsError), path.open("x") as file:
-                file.write(uuid.uuid4().hex)
-        return path.read_text()
+            if not path.exists():
+                mine = self.root / f".id.{uuid.uuid4().hex}"
+                mine.write_text(mine.suffix[1:])
+                with contextlib.suppress(FileExistsError):
+                    os.link(mine, path)  # whole at once: nobody reads an empty one
+                mine.unlink()
+            return path.read_text()
 
     def place(self, stage: str, key: str) -> Path:
         """Return where the artifact of `stage` with fingerprint `key` is, or would be, on this machine."""
@@ -72,36 +76,39 @@ class Store:
         A damaged artifact is not believed, with a warning; the build that follows replaces it. One that is only in the
         remote store is judged by its sizes; whoever copies it from there checks the hashes.
         """
-        folder = self.place(stage, key)
-        if folder.exists():
-            problem = damage(folder)
-            if problem is None:
-                return _read(folder)
-            log.warning("%s/%s in the store is damaged (%s): it will be built again", stage, key, problem)
+        if (here := self._find_here(stage, key)) is not None:
+            return here
         manifest = self.remote.manifest(stage, key) if self.remote else None
-        return Artifact(**manifest["artifact"] | {"path": self.remote.address(stage, key)}) if manifest else None
+        return self._there(manifest) if manifest else None
 
     def fetch(self, artifact: Artifact) -> Artifact:
-        """Return the artifact with its files on this machine; raises JobFailed if what was copied is not what was made."""
-        if self.remote is None or not artifact.path.startswith(self.remote.url):
+        """Return the artifact with its files on this machine; raises JobFailed if what is there is not what was made."""
+        if not self._is_remote(artifact):
             return artifact
-        return self._copy_here(artifact.stage, artifact.fingerprint)
+        stage, key = artifact.stage, artifact.fingerprint
+        here = self._find_here(stage, key) or self._copy_here(stage, key)
+        self._refuse_other_build(here, artifact.digest)
+        return here
 
     def reference(self, artifact: Artifact) -> str:
         """Return a name for an input that `resolve` understands on any machine that has this store."""
         if "hub" in artifact.details:
             return f"hub:{artifact.details['hub']}@{artifact.details['commit']}"
-        if self.remote is not None and artifact.path.startswith(self.remote.url):
-            return f"store:{artifact.stage}/{artifact.fingerprint}"
+        stage, key = artifact.stage, artifact.fingerprint
+        if self._is_remote(artifact):
+            return f"store:{stage}/{key}"
         if Path(artifact.path).is_relative_to(self.root):
-            return f"store:{Path(artifact.path).relative_to(self.root)}"
+            if self.remote is not None:  # it may be older than the remote store
+                self._refuse_other_build(self._there(self.remote.push(self.place(stage, key), stage, key)), artifact.digest)
+            return f"store:{Path(artifact.path).relative_to(self.root).as_posix()}"
         if self.remote is None:
             return f"path:{artifact.path}"
-        if self.remote.manifest(artifact.stage, artifact.fingerprint) is None:
-            with self.staging(artifact.stage, artifact.fingerprint) as staged:
-                shutil.copytree(artifact.path, staged, dirs_exist_ok=True)
+        if self.remote.manifest(stage, key) is None:
+            with self.staging(stage, key) as staged:
+                with disk_errors(self.root):
+                    shutil.copytree(artifact.path, staged, dirs_exist_ok=True)
                 self.commit(staged, artifact, {"digest": artifact.digest})
-        return f"store:{artifact.stage}/{artifact.fingerprint}"
+        return f"store:{stage}/{key}"
 
     def resolve(self, reference: str, digest: str) -> str:
         """Return the files behind a reference on this machine; raises MachineUnfit if they are not those of `digest`."""
@@ -121,6 +128,7 @@ class Store:
         if found is None:
             where = self.remote.url if self.remote else self.root
             raise MachineUnfit(f"the input {stage}/{key} is not in the store that this machine sees, {where}.")
+        self._refuse_other_build(found, digest)
         return str(Path(self.fetch(found).path).joinpath(*inside))
 
     @contextmanager
@@ -142,16 +150,9 @@ class Store:
             target = self.place(artifact.stage, artifact.fingerprint)
             facts = asdict(artifact) | {"path": str(target), "digest": digest}
             _write_synced(staged / MANIFEST, {"artifact": facts, "identity": identity, "files": files})
-            if target.exists() and damage(target) is not None:
-                shutil.rmtree(target)
-            try:
-                os.rename(staged, target)
-            except OSError:
-                if damage(target) is not None:
-                    raise
-            if self.remote is not None:
-                self.remote.push(target, artifact.stage, artifact.fingerprint)
-            return _read(target)
+            _move_into_place(staged, target)
+            made = _read(target)
+        return made if self.remote is None else self._share(made)
 
     def identity(self, stage: str, key: str) -> dict[str, Any] | None:
         """Return what was fingerprinted for an artifact, or None if the store does not have it."""
@@ -161,7 +162,54 @@ class Store:
         manifest = self.remote.manifest(stage, key) if self.remote else None
         return manifest["identity"] if manifest else None
 
+    def _find_here(self, stage: str, key: str) -> Artifact | None:
+        folder = self.place(stage, key)
+        if not folder.exists():
+            return None
+        if (problem := damage(folder)) is None:
+            return _read(folder)
+        log.warning("%s/%s in the store is damaged (%s): it will be built again", stage, key, problem)
+        return None
+
+    def _is_remote(self, artifact: Artifact) -> bool:
+        return self.remote is not None and artifact.path.startswith(f"{self.remote.url}/")
+
+    def _there(self, manifest: dict[str, Any]) -> Artifact:
+        """Return the artifact of a manifest in the remote store."""
+        facts = manifest["artifact"]
+        address = self.remote.address(facts["stage"], facts["fingerprint"])
+        try:
+            return Artifact(**facts | {"path": address})
+        except TypeError as error:
+            raise MachineUnfit(
+                f"{address} was left by another version of posttrain ({error}). Install the same one on every machine that "
+                f"uses the store, or remove {address}/{MANIFEST}: then it is built again."
+            ) from None
+
+    def _share(self, made: Artifact) -> Artifact:
+        """Leave an artifact in the remote store too; of two builds on two machines the first one there is returned."""
+        try:
+            kept = self._there(self.remote.push(Path(made.path), made.stage, made.fingerprint))
+        except MachineUnfit as error:
+            raise MachineUnfit(f"{error} What was built is whole on this machine, in {made.path}.") from error
+        if kept.digest == made.digest:
+            return made
+        log.warning("%s was built on another machine first: that one is taken, and %s removed", kept.path, made.path)
+        shutil.rmtree(made.path)
+        return kept
+
+    def _refuse_other_build(self, found: Artifact, digest: str) -> None:
+        """Raise MachineUnfit if an artifact is not the one that a run goes on from: that one has the digest `digest`."""
+        identity = self.identity(found.stage, found.fingerprint) or {}
+        if digest not in (found.digest, identity.get("digest")):
+            raise MachineUnfit(
+                f"{found.path} is another build of {found.stage}/{found.fingerprint} than the run goes on from: its digest is "
+                f"{found.digest}, not {digest}. Remove {self.place(found.stage, found.fingerprint)} where it is the older one, "
+                "and start the run again."
+            )
+
     def _copy_here(self, stage: str, key: str) -> Artifact:
+        target = self.place(stage, key)
         with self.staging(stage, key) as staged, disk_errors(self.root):
             self.remote.pull(stage, key, staged)
             if problem := damage(staged):
@@ -170,10 +218,7 @@ class Store:
                     f"{self.remote.address(stage, key)} is damaged ({problem}) and was taken out of the store: the next run "
                     "builds it again."
                 )
-            target = self.place(stage, key)
-            if target.exists():
-                shutil.rmtree(target)
-            os.rename(staged, target)
+            _move_into_place(staged, target)
         return _read(target)
 
 
@@ -212,6 +257,17 @@ def disk_errors(root: Path) -> Iterator[None]:
             f"cannot write under {root}: {error.strerror or error}. Nothing half-written was kept. "
             "Free space there, or set POSTTRAIN_HOME to a folder on another disk."
         ) from error
+
+
+def _move_into_place(staged: Path, target: Path) -> None:
+    """Rename a whole artifact to its place; what is whole there already stays, for someone may be reading it."""
+    if target.exists() and damage(target) is not None:
+        shutil.rmtree(target)
+    try:
+        os.rename(staged, target)
+    except OSError:
+        if damage(target) is not None:
+            raise
 
 
 def local_model(setting: str, path: Path) -> Artifact:

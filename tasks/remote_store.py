@@ -19,7 +19,6 @@ from tasks.errors import MachineUnfit
 log = logging.getLogger("posttrain")
 MANIFEST = "manifest.json"
 THREADS = 4  # s3fs holds up to ten parts of 50 MiB in memory for each file
-OVERLAP = 1024
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
@@ -101,7 +100,7 @@ class RemoteStore:
             log.warning("%s of %s was not copied: %s", path.name, work, error)
 
     def get_work(self, work: str, path: Path) -> None:
-        """Bring one file of a job's work folder up to date here, or warn; of a log that grew only the new end is read."""
+        """Bring one file of a job's work folder up to date here, or warn: a .json whole, of a log that grew its new end."""
         try:
             with self._errors_named(), suppress(FileNotFoundError):
                 self._bring(f"{self.root}/runs/{work}/{path.name}", path)
@@ -152,19 +151,14 @@ class RemoteStore:
             self.fs.get_file(source, str(path))
 
     def _bring(self, source: str, path: Path) -> None:
-        """Append what is new, if what is there still begins with what is here; a job that started over has other bytes."""
-        here, there = path.stat().st_size if path.is_file() else 0, self.fs.size(source)
-        grows = path.suffix != ".json"
-        if grows and here == there:
-            return
-        start = max(0, here - OVERLAP) if grows and there > here else 0
-        end_here = _bytes_from(path, start)
-        data = self.fs.cat_file(source, start=start or None)  # S3 has no range 0- of an empty file
-        if data.startswith(end_here):
-            with path.open("ab") as file:
-                file.write(data[len(end_here) :])
-        else:
+        # In this order: on a common disk `path` is the file that the job appends to, and its copy is never ahead of it.
+        there = self.fs.size(source)
+        here = path.stat().st_size if path.is_file() else 0
+        if path.suffix == ".json":
             path.write_bytes(self.fs.cat_file(source))
+        elif there > here:
+            with path.open("ab") as file:
+                file.write(self.fs.cat_file(source, start=here))
 
     @contextmanager
     def _errors_named(self, let_pass: tuple[int, ...] = ()) -> Iterator[None]:
@@ -188,14 +182,6 @@ def _judge(content: bytes, sizes: dict[str, int]) -> tuple[dict[str, Any], str |
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         return {}, f"manifest unreadable: {type(error).__name__}: {error}"
     return manifest, f"{wrong[0]} is missing or has another size" if wrong else None
-
-
-def _bytes_from(path: Path, start: int) -> bytes:
-    if not path.is_file():
-        return b""
-    with path.open("rb") as file:
-        file.seek(start)
-        return file.read()
 
 
 def _unusable(url: str, problem: str) -> str:
