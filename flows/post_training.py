@@ -1,14 +1,16 @@
 """The whole pipeline on one screen: validate, SFT, reward model, policy, evaluate, gate, merge, export."""
 
-from typing import Any
+from typing import Annotated, Any
 
 from prefect import State, Task, flow
 from prefect.futures import PrefectFuture, wait
 from prefect.runtime import flow_run
 from prefect.states import Cancelled
+from pydantic import Field
 
 from flows.reporting import gate_candidate, reported
 from flows.sweep import sweep_runs
+from profiles.load import shipped
 from profiles.schema import Grpo, Recipe
 from tasks.artifacts import Artifact
 from tasks.check_profile import check_profile, load_profile
@@ -25,13 +27,16 @@ from tasks.train_sft import train_sft
 from tasks.validate_data import validate_data
 from tasks.watch import watched
 
+# the run form's list; only a server holds a run to it
+ProfileChoice = Annotated[str, Field(json_schema_extra={"enum": shipped()})]
+
 
 @flow(name="post-training", flow_run_name="{profile}", persist_result=False, log_prints=False)
-def post_training(profile: str, overrides: list[str] | None = None) -> dict[str, Any] | State:
+def post_training(profile: ProfileChoice, overrides: list[str] | None = None) -> dict[str, Any] | State:
     """Take a profile to an export that vLLM serves, and return the run's summary.
 
     Args:
-        profile: name of a shipped profile, or path of a YAML file
+        profile: name of a shipped profile; run from here, also the path of a YAML file
         overrides: `key.path=value` settings over the profile's own
 
     Raises the PipelineError of the stage that stopped it; a cancelled run ends in Prefect's state Cancelled.

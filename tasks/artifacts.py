@@ -156,9 +156,8 @@ class Store:
 
     def identity(self, stage: str, key: str) -> dict[str, Any] | None:
         """Return what was fingerprinted for an artifact, or None if the store does not have it."""
-        path = self.place(stage, key) / MANIFEST
-        if path.is_file():
-            return json.loads(path.read_text())["identity"]
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            return json.loads((self.place(stage, key) / MANIFEST).read_text())["identity"]
         manifest = self.remote.manifest(stage, key) if self.remote else None
         return manifest["identity"] if manifest else None
 
@@ -200,13 +199,13 @@ class Store:
 
     def _refuse_other_build(self, found: Artifact, digest: str) -> None:
         """Raise MachineUnfit if an artifact is not the one that a run goes on from: that one has the digest `digest`."""
-        identity = self.identity(found.stage, found.fingerprint) or {}
-        if digest not in (found.digest, identity.get("digest")):
-            raise MachineUnfit(
-                f"{found.path} is another build of {found.stage}/{found.fingerprint} than the run goes on from: its digest is "
-                f"{found.digest}, not {digest}. Remove {self.place(found.stage, found.fingerprint)} where it is the older one, "
-                "and start the run again."
-            )
+        stage, key = found.stage, found.fingerprint
+        if found.digest == digest or (self.identity(stage, key) or {}).get("digest") == digest:
+            return
+        raise MachineUnfit(
+            f"{found.path} is another build of {stage}/{key} than the run goes on from: its digest is {found.digest}, not "
+            f"{digest}. Remove {self.place(stage, key)} on the machine that has the older one, and start the run again."
+        )
 
     def _copy_here(self, stage: str, key: str) -> Artifact:
         target = self.place(stage, key)

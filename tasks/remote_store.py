@@ -77,14 +77,15 @@ class RemoteStore:
         return kept
 
     def pull(self, stage: str, key: str, into: Path) -> None:
-        """Copy the manifest and every file that it names into an empty folder; what is not there is not copied."""
+        """Copy the manifest and the files that it names into an empty folder; of one with files amiss, the manifest alone."""
         with self._errors_named(let_pass=DISK_FULL), suppress(FileNotFoundError):
             content = self.fs.cat_file(self._manifest(stage, key))
             (into / MANIFEST).write_bytes(content)
-            manifest = json.loads(content)
-            source = f"{self._place(stage, key)}/{manifest['artifact']['digest']}"
-            with ThreadPoolExecutor(THREADS) as pool:
-                list(pool.map(lambda name: self._get(f"{source}/{name}", into / name), manifest["files"]))
+            manifest, problem = _judge(content, self._sizes(self._place(stage, key)))
+            if problem is None:
+                source = f"{self._place(stage, key)}/{manifest['artifact']['digest']}"
+                with ThreadPoolExecutor(THREADS) as pool:
+                    list(pool.map(lambda name: self._get(f"{source}/{name}", into / name), manifest["files"]))
 
     def forget(self, stage: str, key: str) -> None:
         """Remove an artifact's manifest: what is damaged must not be found again."""
@@ -141,14 +142,15 @@ class RemoteStore:
                 self.fs.link(beside, target)
             finally:
                 self.fs.rm_file(beside)
-        except FileExistsError:
+        except OSError:  # not every S3 server says which condition of a write did not hold, as s3fs asks for FileExistsError
+            if not self.fs.exists(target):
+                raise
             return False
         return True
 
     def _get(self, source: str, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with suppress(FileNotFoundError):
-            self.fs.get_file(source, str(path))
+        self.fs.get_file(source, str(path))
 
     def _bring(self, source: str, path: Path) -> None:
         # In this order: on a common disk `path` is the file that the job appends to, and its copy is never ahead of it.

@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 
 import reasoning_gym
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from tasks.job_spec import JobResult, JobSpec
 from tasks.jobs.job import done, run
+from tasks.jobs.models import load_causal
 from tasks.jobs.rewards import number_answer
 
 Message = dict[str, str]
@@ -106,7 +107,7 @@ def sample(base_model: Path, problems: list[Problem], num_samples: int, seed: in
     """Return `num_samples` replies of the base model to each problem, at temperature 1."""
     torch.manual_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(base_model, padding_side="left")
-    model = AutoModelForCausalLM.from_pretrained(base_model, dtype=torch.bfloat16).eval()
+    model = load_causal(base_model, torch.bfloat16).eval()
     texts = [tokenizer.apply_chat_template(prompt(p), add_generation_prompt=True, tokenize=False) for p in problems]
     asked = [text for text in texts for _ in range(num_samples)]
     replies = [text.strip() for batch in batches(asked, 128) for text in continuations(model, tokenizer, batch)]

@@ -1,67 +1,52 @@
-"""A cron deployment of prefect.yaml really yields scheduled runs: with SQLAlchemy 2.1 it silently never would."""
+"""The shipped prefect.yaml on a real server: what it deploys, and that its schedule really schedules."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
-from pathlib import Path
 
 import pytest
+from real_server import wait_until
 
-from tasks.guard import guarded
+from profiles.load import shipped
 
-PROJECT = Path(__file__).resolve().parents[2]
 pytestmark = [pytest.mark.server, pytest.mark.timeout(300)]
 
 
-@pytest.fixture
-def server(tmp_path):
-    """A real Prefect server on its own database; its whole process tree ends with the fixture."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    env = os.environ | {
-        "PREFECT_HOME": str(tmp_path),
-        "PREFECT_SERVER_API_PORT": str(port),
-        "PREFECT_API_URL": f"http://127.0.0.1:{port}/api",
-    }
-    command = guarded([sys.executable, "-m", "prefect", "server", "start"], 5)
-    with (tmp_path / "server.log").open("wb") as log:
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=env, start_new_session=True)
-    end = time.monotonic() + 120
-    while not answers(env["PREFECT_API_URL"] + "/health"):
-        assert time.monotonic() < end and process.poll() is None, (tmp_path / "server.log").read_text()
-        time.sleep(0.5)
-    yield env
-    process.stdin.close()
-    process.wait()
-
-
-def answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=2):
-            return True
-    except OSError:
-        return False
-
-
-def prefect(env: dict[str, str], *arguments: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "prefect", "--no-prompt", *arguments], cwd=PROJECT, env=env, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-def test_prefect_yaml_deployed_yields_a_scheduled_run_of_the_nightly_deployment(server):
-    prefect(server, "work-pool", "create", "orchestrator", "--type", "process")
-    prefect(server, "deploy", "--all")
-    end = time.monotonic() + 90
+def test_deployed_yields_a_scheduled_run_of_the_nightly_deployment(server):
+    """With SQLAlchemy 2.1 it silently never would."""
     listing = ["flow-run", "ls", "--flow-name", "post-training", "--output", "json"]
-    while not (runs := json.loads(prefect(server, *listing))):
-        assert time.monotonic() < end, "no scheduled run after 90 s"
-        time.sleep(2)
+    runs = wait_until(lambda: json.loads(server.prefect(*listing)), 90, lambda: "no scheduled run after 90 s")
     assert {run["state"]["type"] for run in runs} == {"SCHEDULED"}
+
+
+def test_run_form_offers_the_shipped_profiles_and_the_overrides(server):
+    deployment = server.api("/deployments/name/post-training/manual")
+    properties = deployment["parameter_openapi_schema"]["properties"]
+    assert properties["profile"]["enum"] == shipped()
+    assert "overrides" in properties and deployment["enforce_parameter_schema"] is True
+
+
+def test_every_pool_has_its_queues_and_its_tagged_deployment(server):
+    pools = {pool["name"]: pool for pool in server.api("/work_pools/filter", {})}
+    assert {"orchestrator", "cpu", "gpu-h100"} <= pools.keys()
+    assert pools["gpu-h100"]["concurrency_limit"] == 8
+    queues = {queue["name"]: queue["priority"] for queue in server.api("/work_pools/gpu-h100/queues/filter", {})}
+    assert queues["interactive"] < queues["nightly"]
+    assert server.api("/deployments/name/accelerate-job/gpu-h100")["tags"] == ["gpu", "h100", "nvlink"]
+
+
+def test_pools_again_changes_nothing_and_makes_no_second_automation(server):
+    before = server.api("/automations/filter", {})
+    done = server.posttrain("pools")
+    assert done.returncode == 0 and "created" not in done.stdout
+    assert {a["id"] for a in server.api("/automations/filter", {})} == {a["id"] for a in before}
+
+
+def test_deployment_that_does_not_exist_is_refused_before_anything_runs(server):
+    done = server.posttrain("run", "quickstart", "--deployment", "nope", "--wait")
+    assert done.returncode == 2 and "nope" in done.stderr
+
+
+def test_tags_that_no_pool_has_name_what_was_asked_what_there_is_and_what_is_lacking(server):
+    done = server.posttrain("run", "quickstart", "--set", "placement.default.tags=[gpu, b200]")
+    assert done.returncode == 4
+    for part in ("gpu, b200", "gpu-h100", "lacks b200", "lacks b200, gpu", "placement.tags"):
+        assert part in done.stderr, done.stderr

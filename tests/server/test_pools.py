@@ -1,0 +1,129 @@
+"""The quickstart on two tagged work pools of a real server, with real workers."""
+
+import json
+import sqlite3
+from pathlib import Path
+
+import pytest
+import yaml
+from real_server import PROJECT, Server
+
+pytestmark = [pytest.mark.server, pytest.mark.timeout(900)]
+# Small: what is tested is where the stages run and what becomes known of them, not what they learn.
+SMALL = ["recipe.sft.args.max_steps=60", "recipe.reward_model.args.max_steps=40", "recipe.policy.args.max_steps=2"]
+SMALL += ["gates.better_than=[]", "recipe.export.num_probes=2"]
+PLACED = ["placement.default.tags=[cpu]", "placement.sft.tags=[cpu, left]", "placement.reward_model.tags=[right, cpu]"]
+ON_POOLS = ["sft", "reward_model", "grpo", "evaluate", "merge", "export", "prepare"]
+
+
+@pytest.fixture(scope="module")
+def pools(server: Server, tmp_path_factory) -> Server:
+    """Two pools, `left` and `right`, each with a slot and a worker, beside the shipped orchestrator."""
+    content = yaml.safe_load((PROJECT / "prefect.yaml").read_text())
+    variables = {"working_dir": str(PROJECT), "env": content["definitions"]["variables"]["env"]}
+    slot = {"type": "process", "concurrency_limit": 1}
+    content["definitions"] = {"pools": {"left": slot, "right": slot, "away": slot}}
+    job = {"entrypoint": "flows.accelerate_job.accelerate_job"}
+    content["deployments"] = [
+        job | {"name": name, "tags": ["cpu", name], "work_pool": {"name": name, "job_variables": variables}}
+        for name in ("left", "right", "away")
+    ]
+    folder = tmp_path_factory.mktemp("pools")
+    (folder / "prefect.yaml").write_text(yaml.safe_dump(content))
+    assert server.posttrain("pools", "--file", str(folder / "prefect.yaml")).returncode == 0
+    server.prefect("deploy", "--all", cwd=folder)
+    for pool in ("orchestrator", "left", "right"):
+        server.worker(pool)
+    return server
+
+
+def run(server: Server, *overrides: str) -> tuple[int, dict, str]:
+    """Run the quickstart through the deployment `ci`; return the exit code, its summary and what was printed."""
+    sets = [part for override in [*SMALL, *overrides] for part in ("--set", override)]
+    done = server.posttrain("run", "quickstart", "--deployment", "ci", "--wait", *sets)
+    summaries = sorted((server.home / "quickstart").glob("*/summary.json"))
+    return done.returncode, json.loads(summaries[-1].read_text()) if summaries else {}, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def first(pools: Server) -> dict:
+    code, summary, said = run(pools, *PLACED)
+    assert code == 0, said
+    return summary
+
+
+def pool_of(server: Server) -> dict[str, str]:
+    """Return the pool of each stage's newest job."""
+    runs = server.flow_runs()
+    return {run["name"].rsplit("-", 1)[0]: run["work_pool_name"] for run in runs if run["work_pool_name"] != "orchestrator"}
+
+
+def test_stages_land_on_the_pool_that_has_all_their_tags(first, pools):
+    used = pool_of(pools)
+    assert (used["sft"], used["reward_model"]) == ("left", "right")
+    assert set(used) == set(ON_POOLS) and set(used.values()) == {"left", "right"}  # `away` has no worker
+
+
+def test_summary_is_complete_and_the_export_is_in_the_common_store(first, pools):
+    assert {stage["status"] for stage in first["stages"]} == {"ran"}
+    assert (Path(first["export"]) / "model.safetensors").is_file() and Path(first["export"]).is_relative_to(pools.home)
+
+
+def test_stages_that_do_not_depend_on_each_other_run_at_the_same_time(first, pools):
+    times = {}
+    for flow_run in pools.flow_runs():
+        times[flow_run["name"].rsplit("-", 1)[0]] = (flow_run["start_time"], flow_run["end_time"])
+    (sft_start, sft_end), (rm_start, rm_end) = times["sft"], times["reward_model"]
+    assert max(sft_start, rm_start) < min(sft_end, rm_end)
+
+
+def test_curves_of_a_job_on_a_pool_are_in_mlflow(first, pools):
+    sft = next(stage for stage in first["stages"] if stage["stage"] == "sft")
+    with sqlite3.connect(pools.home / ".mlflow" / "mlflow.db") as database:
+        query = "select count(distinct step) from metrics where run_uuid = ? and key = 'loss'"
+        assert database.execute(query, [sft["mlflow_run_id"]]).fetchone() == (60,)
+
+
+def test_job_is_a_subflow_of_the_run_with_its_tags_and_its_log(first, pools):
+    (sft,) = pools.flow_runs("sft-")
+    assert {"cpu", "left", "stage:sft"} <= set(sft["tags"])
+    parent = pools.api(f"/task_runs/{sft['parent_task_run_id']}")
+    assert parent["flow_run_id"] == first["prefect_flow_run_id"]
+    lines = pools.api("/logs/filter", {"logs": {"flow_run_id": {"any_": [sft["id"]]}}, "limit": 200})
+    assert any("world size 1" in line["message"] for line in lines)
+
+
+def test_run_again_sends_nothing_to_any_pool(first, pools):
+    before = len(pools.flow_runs())
+    code, summary, said = run(pools, *PLACED)
+    assert code == 0, said
+    assert {stage["status"] for stage in summary["stages"]} == {"cached"}
+    assert len(pools.flow_runs()) == before + 1
+    states = {
+        task["state"]["name"] for task in pools.api("/task_runs/filter", {"sort": "EXPECTED_START_TIME_DESC", "limit": 11})
+    }
+    assert states == {"Cached"}
+
+
+def test_same_recipe_placed_here_is_the_same_artifact(first, pools):
+    code, summary, said = run(pools)
+    assert code == 0, said
+    assert {stage["status"] for stage in summary["stages"]} == {"cached"}
+
+
+def test_failing_job_on_a_pool_exits_with_its_own_code_and_cause_everywhere(first, pools):
+    code, summary, said = run(pools, *PLACED, "recipe.export.max_model_len=8")
+    assert code == summary["exit_code"] == 4
+    assert "on pool" in summary["error"] and "rank 0" in summary["error"] and summary["error"].splitlines()[-1] in said
+    assert pools.flow_run(summary["prefect_flow_run_id"])["state_name"] == "Failed"
+    assert pools.flow_runs("export-")[-1]["state_name"] == "Failed"
+
+
+def test_worker_with_another_store_is_refused_before_it_trains(first, pools, tmp_path):
+    worker = pools.worker("away", POSTTRAIN_HOME=str(tmp_path / "elsewhere"))
+    override = ["placement.default.tags=[away]", "recipe.sft.args.learning_rate=0.0013"]
+    code, summary, _ = run(pools, *override)
+    worker.stdin.close()
+    worker.wait()
+    assert code == 4 and "POSTTRAIN_STORE" in summary["error"]
+    assert not list((tmp_path / "elsewhere").glob("quickstart/*/sft/metrics.jsonl"))
