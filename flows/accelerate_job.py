@@ -2,6 +2,8 @@
 
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from prefect import State, flow
@@ -9,7 +11,7 @@ from prefect.runtime import flow_run
 from prefect.states import Cancelled
 
 from tasks.artifacts import Store
-from tasks.errors import MachineUnfit, PipelineError, RunCancelled
+from tasks.errors import JobFailed, MachineUnfit, PipelineError, RunCancelled
 from tasks.fingerprints import code_digest, library_versions
 from tasks.interrupts import interrupts
 from tasks.job_order import JobOrder
@@ -17,7 +19,7 @@ from tasks.launch import build_here, work_folder
 from tasks.local_job import Metrics, job_python
 from tasks.pipeline_run import store, write_json
 from tasks.pools import OUTCOME
-from tasks.watch import watched
+from tasks.watch import any_over, watched
 
 MIRROR_SECONDS = {"metrics.jsonl": 2.0, "log.txt": 20.0}
 log = logging.getLogger("posttrain")
@@ -35,25 +37,37 @@ def accelerate_job(order: dict[str, Any]) -> State | None:
     wanted = JobOrder.model_validate(order)
     here, work = store(), work_folder(wanted)
     mirror = Mirror(here, wanted)
-    outcome: dict[str, Any] = {"error": "JobFailed", "message": "a bug: the log of this run has its traceback"}
+    family = [flow_run.id, flow_run.parent_flow_run_id]
+    outcome: dict[str, Any] = {"error": "JobFailed", "message": "a bug: the log of its run has the traceback"}
     try:
-        refuse_other_machine(wanted, here)
-        with watched([flow_run.id, flow_run.parent_flow_run_id]) as stop:
+        with ended_by_name(wanted.stage, family):
+            refuse_other_machine(wanted, here)
             inputs = {name: here.resolve(ref, wanted.identity["inputs"][name]) for name, ref in wanted.inputs.items()}
-            build_here(wanted, inputs, here, mirror.hear, stop)
+            with watched(family) as stop:
+                build_here(wanted, inputs, here, mirror.hear, stop)
         outcome = {"error": None}
     except PipelineError as error:
         outcome = {"error": type(error).__name__, "message": str(error)}
         if isinstance(error, RunCancelled):
             return Cancelled(message=str(error))
         raise
-    except interrupts() as error:
-        outcome = {"error": "RunCancelled", "message": f"{wanted.stage} was interrupted"}
-        return Cancelled(message=str(error))
     finally:
         write_json(work / OUTCOME, outcome)
         mirror.finish()
     return None
+
+
+@contextmanager
+def ended_by_name(stage: str, family: list[str | None]) -> Iterator[None]:
+    """Raise RunCancelled where someone cancelled the job or its run, JobFailed where the worker was stopped under it."""
+    try:
+        yield
+    except (RunCancelled, *interrupts()) as error:
+        if any_over(family):
+            raise RunCancelled(str(error) or f"{stage} was cancelled") from None
+        raise JobFailed(
+            f"{stage} was ended because its worker was stopped. The next run goes on from its checkpoint."
+        ) from None
 
 
 def refuse_other_machine(order: JobOrder, here: Store) -> None:
@@ -95,9 +109,5 @@ class Mirror:
 
     def _put(self, name: str) -> None:
         path = work_folder(self.order) / name
-        if self.remote is None or not path.is_file():
-            return
-        try:
+        if self.remote is not None and path.is_file():
             self.remote.put_work(self.order.work, path)
-        except OSError as error:
-            log.warning("%s not copied to %s: %s", name, self.remote.url, error)

@@ -73,6 +73,8 @@ class _Lookup:
     def _find(self, stage: str, folder: str, identity: dict[str, Any]) -> Artifact | None:
         key = fingerprint(identity)
         if (hit := store().find(folder, key)) is not None:
+            if folder in ("prepare", "dataset"):  # the plan reads them, to see what follows
+                hit = store().fetch(hit)
             return self._add(stage, hit, [f"{folder}/{key}"])
         last = _last_identity(self.profile.name, stage, folder)
         return self._add(stage, None, ["never built"] if last is None else difference(last, identity))

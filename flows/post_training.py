@@ -60,8 +60,9 @@ def run_stages(run: PipelineRun) -> None:
     made = None
     if recipe.prepare:
         made = done(run, start(prepare_data, run, find_base_model(run.profile, None) if recipe.prepare.base_model else None))
+        made = run.store.fetch(made)
     base = find_base_model(run.profile, made)
-    held_out = done(run, start(validate_data, run, "eval", made, None))
+    held_out = run.store.fetch(done(run, start(validate_data, run, "eval", made, None)))
     validations = {name: start(validate_data, run, name, made, held_out) for name in wanted_datasets(recipe)}
     data = all_done(run, validations)
 
@@ -76,7 +77,7 @@ def run_stages(run: PipelineRun) -> None:
     policy = done(run, start(train_policy, run, base, sft, rows, reward_model))
 
     evaluation = done(run, start(evaluate_policy, run, base, sft, policy, held_out))
-    gate_candidate(run, evaluation)
+    gate_candidate(run, run.store.fetch(evaluation))
     merged = done(run, start(merge_lora, run, base, policy))
     done(run, start(export_vllm, run, base, policy, merged, held_out, evaluation))
 

@@ -14,7 +14,7 @@ from prefect.client.orchestration import get_client
 
 from flows import report
 from tasks import gates
-from tasks.artifacts import MANIFEST, Artifact, disk_errors
+from tasks.artifacts import Artifact, disk_errors
 from tasks.errors import GateFailed, RunCancelled, RunDied
 from tasks.interrupts import interrupts
 from tasks.monitoring import mlflow_runs
@@ -58,18 +58,18 @@ def summarise(run: PipelineRun, error: BaseException | None) -> dict[str, Any]:
         "metrics": _read(run.folder / "metrics.json", {}),
         "gate": _read(run.folder / "gate.json", None),
         "export": export.artifact if export else None,
-        "serve": serve_command(export),
+        "serve": serve_command(run, export),
         "report": str(run.folder / "report.html"),
         "mlflow_run_id": run.mlflow_run_id,
         "prefect_flow_run_id": run.flow_run_id,
     }
 
 
-def serve_command(export: StageRecord | None) -> str | None:
+def serve_command(run: PipelineRun, export: StageRecord | None) -> str | None:
     """Return the command that serves the export as it was tested: vLLM's own choice of dtype would be another model."""
     if export is None or export.artifact is None:
         return None
-    manifest = json.loads((Path(export.artifact) / MANIFEST).read_text())
+    manifest = run.store.manifest("export", export.fingerprint)
     return f"vllm serve {export.artifact} {manifest['artifact']['details'].get('serve', '')}".rstrip()
 
 

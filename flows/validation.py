@@ -61,7 +61,8 @@ def _made(profile: Profile) -> Artifact | None:
         return None
     base = find_base_model(profile, None) if profile.recipe.prepare.base_model else None
     key = fingerprint(prepare_stage(profile, base).identity(profile.placement.of("prepare")))
-    return store().find("prepare", key)
+    found = store().find("prepare", key)
+    return store().fetch(found) if found else None
 
 
 def _judge(dataset: Dataset, source: Path, held_out: Artifact | None) -> Any:

@@ -87,20 +87,25 @@ class Store:
             return artifact
         stage, key = artifact.stage, artifact.fingerprint
         here = self._find_here(stage, key) or self._copy_here(stage, key)
-        self._refuse_other_build(here, artifact.digest)
+        if not self._is_build(here, artifact.digest):
+            raise self._other_build(here, artifact.digest)
         return here
 
     def reference(self, artifact: Artifact) -> str:
-        """Return a name for an input that `resolve` understands on any machine that has this store."""
+        """Return a name for an input that `resolve` understands on any machine that has this store, and bring it there.
+
+        Raises MachineUnfit if the store has another build of it.
+        """
         if "hub" in artifact.details:
             return f"hub:{artifact.details['hub']}@{artifact.details['commit']}"
         stage, key = artifact.stage, artifact.fingerprint
         if self._is_remote(artifact):
             return f"store:{stage}/{key}"
-        if Path(artifact.path).is_relative_to(self.root):
+        if (path := Path(artifact.path)).is_relative_to(self.root):
+            inside = path.relative_to(self.root)
             if self.remote is not None:  # it may be older than the remote store
-                self._refuse_other_build(self._there(self.remote.push(self.place(stage, key), stage, key)), artifact.digest)
-            return f"store:{Path(artifact.path).relative_to(self.root).as_posix()}"
+                self._share_older(*inside.parts[:2])
+            return f"store:{inside.as_posix()}"
         if self.remote is None:
             return f"path:{artifact.path}"
         if self.remote.manifest(stage, key) is None:
@@ -128,8 +133,11 @@ class Store:
         if found is None:
             where = self.remote.url if self.remote else self.root
             raise MachineUnfit(f"the input {stage}/{key} is not in the store that this machine sees, {where}.")
-        self._refuse_other_build(found, digest)
-        return str(Path(self.fetch(found).path).joinpath(*inside))
+        path = Path(self.fetch(found).path).joinpath(*inside)
+        is_ordered = not inside and self._is_build(found, digest)
+        if not is_ordered and tree_digest(path) != digest:  # the digest of a base model in the store is its folder's
+            raise self._other_build(found, digest)
+        return str(path)
 
     @contextmanager
     def staging(self, stage: str, key: str) -> Iterator[Path]:
@@ -154,12 +162,17 @@ class Store:
             made = _read(target)
         return made if self.remote is None else self._share(made)
 
+    def manifest(self, stage: str, key: str) -> dict[str, Any] | None:
+        """Return an artifact's manifest, its files not looked at; None if the store does not have it."""
+        with contextlib.suppress(OSError, ValueError):
+            return json.loads((self.place(stage, key) / MANIFEST).read_text())
+        return self.remote.manifest(stage, key) if self.remote else None
+
     def identity(self, stage: str, key: str) -> dict[str, Any] | None:
         """Return what was fingerprinted for an artifact, or None if the store does not have it."""
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            return json.loads((self.place(stage, key) / MANIFEST).read_text())["identity"]
-        manifest = self.remote.manifest(stage, key) if self.remote else None
-        return manifest["identity"] if manifest else None
+        with contextlib.suppress(KeyError, TypeError):
+            return self.manifest(stage, key)["identity"]
+        return None
 
     def _find_here(self, stage: str, key: str) -> Artifact | None:
         folder = self.place(stage, key)
@@ -197,14 +210,24 @@ class Store:
         shutil.rmtree(made.path)
         return kept
 
-    def _refuse_other_build(self, found: Artifact, digest: str) -> None:
-        """Raise MachineUnfit if an artifact is not the one that a run goes on from: that one has the digest `digest`."""
+    def _share_older(self, stage: str, key: str) -> None:
+        """Leave in the remote store what was built before there was one; raises MachineUnfit if it has another build."""
+        here = _read(self.place(stage, key))
+        kept = self._there(self.remote.push(Path(here.path), stage, key))
+        if kept.digest != here.digest:
+            raise self._other_build(kept, here.digest)
+
+    def _is_build(self, found: Artifact, digest: str) -> bool:
+        if found.digest == digest:
+            return True
+        identity = self.identity(found.stage, found.fingerprint)  # of a copied base model it has the digest of its folder
+        return identity is not None and identity.get("digest") == digest
+
+    def _other_build(self, found: Artifact, digest: str) -> MachineUnfit:
         stage, key = found.stage, found.fingerprint
-        if found.digest == digest or (self.identity(stage, key) or {}).get("digest") == digest:
-            return
-        raise MachineUnfit(
-            f"{found.path} is another build of {stage}/{key} than the run goes on from: its digest is {found.digest}, not "
-            f"{digest}. Remove {self.place(stage, key)} on the machine that has the older one, and start the run again."
+        return MachineUnfit(
+            f"{found.path} is another build of {stage}/{key} than the run goes on from, that of the digest {digest}. "
+            f"Remove {self.place(stage, key)} on the machine that has the older one, and start the run again."
         )
 
     def _copy_here(self, stage: str, key: str) -> Artifact:

@@ -118,16 +118,21 @@ def _follow(
     store: Store,
     on_metrics: Callable[[Metrics], None],
     stop: threading.Event,
-) -> State:
-    """Return the state in which the run on the pool ended; hand over its metrics as they come."""
+) -> State | None:
+    """Return the last state of the run on the pool, once it ended; hand over its metrics as they come.
+
+    It has ended when its outcome is there, whatever the server says: a worker that is stopped leaves its runs Running.
+    """
     reader = MetricsReader(home() / order.work / "metrics.jsonl")
     seen = None
     while True:
         if stop.wait(POLL_SECONDS):
             raise errors.RunCancelled(f"{order.stage} was interrupted on pool {pool.name}, and its job was told to end")
         state = _state(flow_run_id)
-        bring_work(order, store, "metrics.jsonl")
+        bring_work(order, store, "metrics.jsonl", OUTCOME)
         on_metrics(reader.new())
+        if (home() / order.work / OUTCOME).is_file():
+            return state
         if state is None:
             continue
         if state.is_final():
@@ -144,9 +149,9 @@ def bring_work(order: JobOrder, store: Store, *names: str) -> None:
             store.remote.get_work(order.work, home() / order.work / name)
 
 
-def _raise_outcome(order: JobOrder, store: Store, pool: Pool, state: State) -> None:
+def _raise_outcome(order: JobOrder, store: Store, pool: Pool, state: State | None) -> None:
     """Raise what stopped the job over there; a job whose process died too hard to say so is told from Prefect's state."""
-    bring_work(order, store, OUTCOME, "log.txt")
+    bring_work(order, store, "log.txt")
     outcome = home() / order.work / OUTCOME
     if outcome.is_file():
         content = json.loads(outcome.read_text())

@@ -21,10 +21,9 @@ OVER = (StateType.CANCELLING, StateType.CANCELLED, StateType.CRASHED, StateType.
 def watched(flow_run_ids: list[str | None], stop: threading.Event | None = None) -> Iterator[threading.Event]:
     """Yield an event that is set as soon as one of the flow runs is being cancelled or has died; None ids are left out."""
     stop, done = stop or threading.Event(), threading.Event()
-    ids = [UUID(str(run_id)) for run_id in flow_run_ids if run_id]
     # the embedded server's address is known in this context only
     context = contextvars.copy_context()
-    thread = threading.Thread(target=context.run, args=(_watch, ids, stop, done), daemon=True)
+    thread = threading.Thread(target=context.run, args=(_watch, flow_run_ids, stop, done), daemon=True)
     thread.start()
     try:
         yield stop
@@ -33,10 +32,15 @@ def watched(flow_run_ids: list[str | None], stop: threading.Event | None = None)
         thread.join()
 
 
-def _watch(flow_run_ids: list[UUID], stop: threading.Event, done: threading.Event) -> None:
+def any_over(flow_run_ids: list[str | None]) -> bool:
+    """Tell whether one of the flow runs is being cancelled or has died; a server that is away says nothing about any."""
+    with suppress(httpx.HTTPError, OSError), get_client(sync_client=True) as client:
+        return any(client.read_flow_run(UUID(str(run_id))).state.type in OVER for run_id in flow_run_ids if run_id)
+    return False
+
+
+def _watch(flow_run_ids: list[str | None], stop: threading.Event, done: threading.Event) -> None:
     while not done.wait(POLL_SECONDS):
-        # a server that is away says nothing about the run
-        with suppress(httpx.HTTPError, OSError), get_client(sync_client=True) as client:
-            if any(client.read_flow_run(run_id).state.type in OVER for run_id in flow_run_ids):
-                stop.set()
-                return
+        if any_over(flow_run_ids):
+            stop.set()
+            return

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import reasoning_gym
-import torch
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer
 
 from tasks.job_spec import JobResult, JobSpec
+from tasks.jobs import vllm_cpu
 from tasks.jobs.job import done, run
-from tasks.jobs.models import load_causal
+from tasks.jobs.models import on_cpu
 from tasks.jobs.rewards import number_answer
 
 Message = dict[str, str]
@@ -104,26 +104,16 @@ def is_right(reply: str, answer: str) -> bool:
 
 
 def sample(base_model: Path, problems: list[Problem], num_samples: int, seed: int) -> list[list[str]]:
-    """Return `num_samples` replies of the base model to each problem, at temperature 1."""
-    torch.manual_seed(seed)
-    tokenizer = AutoTokenizer.from_pretrained(base_model, padding_side="left")
-    model = load_causal(base_model, torch.bfloat16).eval()
-    texts = [tokenizer.apply_chat_template(prompt(p), add_generation_prompt=True, tokenize=False) for p in problems]
-    asked = [text for text in texts for _ in range(num_samples)]
-    replies = [text.strip() for batch in batches(asked, 128) for text in continuations(model, tokenizer, batch)]
-    return list(batches(replies, num_samples))
+    """Return `num_samples` replies of the base model to each problem, at temperature 1, from vLLM."""
+    vllm_cpu.set_environment()
+    from vllm import LLM, SamplingParams, TokensPrompt
 
-
-@torch.inference_mode()
-def continuations(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[str]:
-    inputs = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
-    tokens = model.generate(**inputs, do_sample=True, temperature=1.0, top_k=0, max_new_tokens=TOKENS_MAX)
-    return tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-
-
-def batches(items: list[Any], size: int) -> Iterator[list[Any]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
+    tokenizer = AutoTokenizer.from_pretrained(base_model)
+    prompts = [tokenizer.apply_chat_template(prompt(p), add_generation_prompt=True)["input_ids"] for p in problems]
+    engine = LLM(str(base_model), dtype="bfloat16", max_model_len=256, enforce_eager=on_cpu(), seed=seed)
+    asked = SamplingParams(n=num_samples, temperature=1.0, max_tokens=TOKENS_MAX)  # the CPU build takes no seed per request
+    answers = engine.generate([TokensPrompt(prompt_token_ids=ids) for ids in prompts], asked, use_tqdm=False)
+    return [[reply.text.strip() for reply in answer.outputs] for answer in answers]
 
 
 def preferences(problem: Problem, replies: list[str], pairs_max: int) -> Iterator[Row]:

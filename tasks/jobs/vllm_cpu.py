@@ -12,15 +12,20 @@ from tasks.jobs.models import on_cpu
 
 
 def prepare(dtype: str) -> None:
-    """Set vLLM up for this process; call before trl's trainers are imported."""
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    """Set vLLM up for TRL in this process; call before trl's trainers are imported."""
+    set_environment()
     import trl.generation.vllm_generation as generation
     from vllm.model_executor.layers import utils
 
     utils.dispatch_cpu_unquantized_gemm = _keep_plain_weights
     generation.LLM = functools.partial(generation.LLM, dtype=dtype, enforce_eager=True)
+
+
+def set_environment() -> None:
+    """Keep vLLM's engine in this process, small and quiet; call before vllm is imported."""
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
 
 def _keep_plain_weights(layer: Any, remove_weight: bool) -> None:

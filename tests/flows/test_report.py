@@ -52,7 +52,7 @@ def record(stage: str, status: str = "ran", **facts: Any) -> dict[str, Any]:
 @pytest.fixture
 def run(tmp_path: Path) -> PipelineRun:
     profile = load("quickstart", [f"description={EVIL!r}"]).model_copy(update={"description": EVIL})
-    return PipelineRun(profile, "20261122-120000-abcd", tmp_path, "mlflow-run")
+    return PipelineRun(profile, "20261122-120000-abcd", tmp_path, "mlflow-run", "flow-run")
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import pytest
 from flows.reporting import read_scores, summarise
 from profiles.load import load
 from tasks import errors
-from tasks.errors import PipelineError, RunCancelled
+from tasks.errors import PipelineError, RunCancelled, RunDied
 from tasks.pipeline_run import PipelineRun, StageRecord
 
 DELIBERATE = [e for e in vars(errors).values() if isinstance(e, type) and issubclass(e, PipelineError)]
@@ -18,7 +18,7 @@ PROMISED_OF_A_STAGE = {"stage", "status", "fingerprint", "seconds", "artifact", 
 @pytest.fixture
 def run(tmp_path):
     def of(profile: str = "quickstart") -> PipelineRun:
-        return PipelineRun(load(profile), "20261122-120000-abcd", tmp_path, "mlflow-run")
+        return PipelineRun(load(profile), "20261122-120000-abcd", tmp_path, "mlflow-run", "flow-run")
 
     return of
 
@@ -40,7 +40,7 @@ def test_summary_has_what_was_promised_and_is_json(run):
 def test_summary_of_a_run_stopped_on_purpose_has_its_exit_code_and_text(error_class, run):
     summary = summarise(run(), error_class("what stopped it"))
     assert summary["exit_code"] == error_class.exit_code
-    assert summary["status"] == ("cancelled" if error_class is RunCancelled else "failed")
+    assert summary["status"] == {RunCancelled: "cancelled", RunDied: "crashed"}.get(error_class, "failed")
     assert "what stopped it" in summary["error"]
 
 

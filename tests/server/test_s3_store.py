@@ -236,23 +236,28 @@ def test_artifact_altered_in_the_bucket_at_equal_size_is_refused_at_fetch_and_fo
 
 
 BUILD_MANY = """
-while not Path(arguments[0]).exists(): pass
-for number in range(12): print(build(store, arguments[1], f"{number:012}").digest)
+weights, mine, other = arguments
+for number in range(12):
+    Path(f"{mine}{number}").touch()
+    while not Path(f"{other}{number}").exists(): pass
+    print(build(store, weights, f"{number:012}").digest)
 """
 
 
 def test_two_processes_that_build_one_key_at_once_agree_on_one_whole_artifact(url, machines, tmp_path):
     """Sizes are equal and bytes are not, so a mix of two builds would pass by its sizes and fail by its hashes."""
-    reader, go = machines[0], tmp_path / "go"
-    builders = [elsewhere(BUILD_MANY, url, tmp_path / name, str(go), name) for name in ("first--", "second-")]
-    time.sleep(3)
-    go.touch()
+    reader, names = machines[0], ("first--", "second-")
+    flags = [str(tmp_path / f"{name}at") for name in names]
+    builders = [
+        elsewhere(BUILD_MANY, url, tmp_path / name, name, *order)
+        for name, order in zip(names, (flags, reversed(flags)), strict=True)
+    ]
     one, two = (said(builder) for builder in builders)
     assert one == two and len(one) == 12
     for number, digest in enumerate(one):
         copied = reader.fetch(reader.find("sft", f"{number:012}"))
         assert copied.digest == digest
-        assert contents(copied)["adapter.safetensors"] in ("first--", "second-")
+        assert contents(copied)["adapter.safetensors"] in names
 
 
 def test_input_built_before_the_store_was_set_is_resolved_on_another_machine(machines, tmp_path):
@@ -269,7 +274,7 @@ def test_id_is_the_bucket_s_own_and_not_the_prefix_beside_it(url, machines, tmp_
     assert Store(tmp_path / "one", RemoteStore(f"{url}2")).id() != one.id()
 
 
-def test_work_files_grow_and_outcomes_are_replaced(machines, tmp_path):
+def test_work_files_grow_and_outcomes_are_replaced(machines, tmp_path, caplog):
     (one, two), there, here = machines, tmp_path / "there", tmp_path / "here"
     there.mkdir(), here.mkdir()
     two.remote.get_work("p/r/sft", here / "log.txt")
@@ -281,6 +286,9 @@ def test_work_files_grow_and_outcomes_are_replaced(machines, tmp_path):
             one.remote.put_work("p/r/sft", there / name)
             two.remote.get_work("p/r/sft", here / name)
         assert ((here / "log.txt").read_text() if log else "", (here / "outcome.json").read_text()) == (log, outcome)
+    (here / "log.txt").write_text("one\ntwo\nthree\n")  # as on a common disk, where the job is ahead of the copy
+    two.remote.get_work("p/r/sft", here / "log.txt")
+    assert (here / "log.txt").read_text() == "one\ntwo\nthree\n" and caplog.records == []
 
 
 # --- what cannot be used --------------------------------------------------------------------------------------------------

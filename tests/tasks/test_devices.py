@@ -32,7 +32,9 @@ def name() -> str:
 @pytest.fixture
 def other(name):
     """Another process that has the device."""
-    process = subprocess.Popen([sys.executable, "-c", HOLD, name], stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": "."})
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, name], stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": "."}
+    )
     assert process.stdout.readline() == "held\n"
     yield process
     process.kill()
@@ -72,7 +74,9 @@ def test_device_stays_held_while_a_process_that_inherited_the_lock_lives(name):
         pass
 
 
-@pytest.mark.parametrize(("listed", "names"), [("0,1", ["0", "1"]), ("1, 0", ["0", "1"]), ("", []), ("-1", []), ("GPU-7f", ["GPU-7f"])])
+@pytest.mark.parametrize(
+    ("listed", "names"), [("0,1", ["0", "1"]), ("1, 0", ["0", "1"]), ("", []), ("-1", []), ("GPU-7f", ["GPU-7f"])]
+)
 def test_visible_devices_are_those_of_the_variable_in_one_order_for_all(listed, names):
     assert devices.visible({"CUDA_VISIBLE_DEVICES": listed}) == names
 

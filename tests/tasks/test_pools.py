@@ -35,7 +35,11 @@ def test_no_pool_fits_says_what_was_asked_what_there_is_and_what_each_lacks():
         choose("reward_model", ["gpu", "h100"], pools)
     lines = str(refused.value).splitlines()
     assert "reward_model" in lines[0] and "[gpu, h100]" in lines[0]
-    assert [line.strip() for line in lines[1:4]] == ["a [a100, gpu]: lacks h100", "b [gpu, h100]: is paused", "c []: lacks gpu, h100"]
+    assert [line.strip() for line in lines[1:4]] == [
+        "a [a100, gpu]: lacks h100",
+        "b [gpu, h100]: is paused",
+        "c []: lacks gpu, h100",
+    ]
     assert "placement.tags" in lines[-1] and "[local]" in lines[-1]
 
 
