@@ -1,5 +1,6 @@
 """What every process of ours sets before a library reads it: no telemetry, and all state under one home folder."""
 
+import logging
 import os
 import shutil
 import tempfile
@@ -64,3 +65,5 @@ def set_defaults() -> None:
         os.environ.setdefault(name, value)
     if "PREFECT_API_URL" not in os.environ:
         os.environ.setdefault("PREFECT_HOME", str(home() / ".prefect"))
+    # Prefect gives an extra logger its handler, not its level: the root's WARNING would keep the job's log off the page.
+    logging.getLogger("posttrain").setLevel(logging.INFO)
