@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import uuid
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,10 +13,10 @@ import typer
 
 from tasks.environment import refuse_full_disk
 from tasks.errors import PipelineError, RunCancelled
-from tasks.guard import guarded
+from tasks.guard import guarded, kill_marked
 from tasks.interrupts import interrupts
 
-GUARDED = "POSTTRAIN_GUARDED"  # set in the process that the guard runs
+GUARDED = "POSTTRAIN_GUARDED"  # set in the process that the guard runs, and in all that it starts
 GRACE_SECONDS = 25  # a job's own grace is 15 s, then the run still writes what became of it
 
 app = typer.Typer(no_args_is_help=True, add_completion=True, help=__doc__, pretty_exceptions_enable=False)
@@ -137,7 +138,8 @@ def _run_guarded() -> int:
     command = guarded([sys.executable, "-P", "-m", "flows.cli", *sys.argv[1:]], GRACE_SECONDS)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, env=os.environ | {GUARDED: "1"}, start_new_session=True)
+    mark = uuid.uuid4().hex
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, env=os.environ | {GUARDED: mark}, start_new_session=True)
     try:
         return _wait_for(process)
     except KeyboardInterrupt:
@@ -145,8 +147,8 @@ def _run_guarded() -> int:
     try:
         return process.wait()
     except KeyboardInterrupt:
-        os.killpg(process.pid, signal.SIGKILL)
-        return 130
+        kill_marked(GUARDED, mark)
+        return RunCancelled.exit_code
 
 
 def _wait_for(process: subprocess.Popen) -> int:

@@ -18,7 +18,7 @@ from flows.reporting import summarise
 from profiles.schema import Profile
 from tasks.environment import home
 from tasks.errors import PipelineError, RunCancelled, RunDied
-from tasks.guard import kill_marked
+from tasks.guard import MARKER, kill_marked
 from tasks.monitoring import mlflow_runs
 from tasks.pipeline_run import PROCESS, PipelineRun, is_alive, write_json
 
@@ -32,13 +32,10 @@ def sweep() -> list[str]:
 
 
 def sweep_runs() -> list[str]:
-    """Sweep this home folder; of two sweeps at once the second does nothing."""
+    """Sweep this home folder, one sweep at a time; returns a line per run that was found dead."""
     home().mkdir(parents=True, exist_ok=True)
     with (home() / ".sweep.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return []
+        fcntl.flock(lock, fcntl.LOCK_EX)
         return [line for path in sorted(home().glob(f"*/*/{PROCESS}")) if (line := _sweep_run(path)) is not None]
 
 
@@ -53,7 +50,7 @@ def _sweep_run(path: Path) -> str | None:
         return None
     if not here and (state is None or not state.is_final()):
         return None  # another machine's run, which nothing says is dead
-    kill_marked(str(folder))
+    kill_marked(MARKER, str(folder))
     why = f"process {process['pid']} on {process['host']} is gone" if here else f"Prefect says {state.name}: {state.message}"
     cancelled = state is not None and state.type in (StateType.CANCELLED, StateType.CANCELLING)
     error: PipelineError = RunCancelled(why) if cancelled else RunDied(why)

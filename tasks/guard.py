@@ -66,16 +66,16 @@ def _kill_descendants() -> None:
         time.sleep(0.05)
 
 
-def kill_marked(marker: str) -> None:
-    """Kill every process with `marker`, or a folder below it, as POSTTRAIN_JOB in its environment: for a guard that died."""
-    while marked := _marked(marker):
+def kill_marked(variable: str, value: str) -> None:
+    """Kill every process that has `variable=value`, or a path below that value, in its environment: where no guard is left."""
+    while marked := _marked(variable, value):
         for pid in marked:
             _signal(pid, signal.SIGKILL)
         time.sleep(0.05)
 
 
-def _marked(marker: str) -> list[int]:
-    entries = (f"{MARKER}={marker}\0".encode(), f"{MARKER}={marker}/".encode())
+def _marked(variable: str, value: str) -> list[int]:
+    entries = (f"{variable}={value}\0".encode(), f"{variable}={value}/".encode())
     found = []
     for name in os.listdir("/proc"):
         with contextlib.suppress(OSError):

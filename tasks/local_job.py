@@ -121,7 +121,7 @@ def _child(
     finally:
         process.stdin.close()
         if process.wait() < 0:  # someone killed the guard itself
-            kill_marked(env[MARKER])
+            kill_marked(MARKER, env[MARKER])
         pump.join()
         pump.ship()
 

@@ -64,21 +64,25 @@ class Server:
         wait_until(lambda: answers(self.url + "/health"), 120, (self.folder / "server.log").read_text)
         return process
 
-    def start(self, name: str, command: list[Any], env: dict[str, str]) -> subprocess.Popen:
-        """Start a process under the guard: its whole tree ends with the pipe, whatever happens to this test."""
+    def start(self, name: str, command: list[Any], env: dict[str, str], alone: bool = False) -> subprocess.Popen:
+        """Start a process under the guard: its whole tree ends with the pipe, whatever happens to this test.
+
+        One that is started `alone` has no guard: what it started lives on when it is killed.
+        """
+        command = [str(part) for part in command]
         with (self.folder / f"{name}.log").open("ab") as log:
             process = subprocess.Popen(
-                guarded([str(part) for part in command], 5), stdin=subprocess.PIPE, stdout=log, stderr=log,
+                command if alone else guarded(command, 5), stdin=subprocess.PIPE, stdout=log, stderr=log,
                 env=self.env | env, start_new_session=True, cwd=PROJECT,
             )  # fmt: skip
         self.processes.append(process)
         return process
 
-    def worker(self, pool: str, **env: str) -> subprocess.Popen:
+    def worker(self, pool: str, alone: bool = False, **env: str) -> subprocess.Popen:
         """Start a worker and wait until the server knows that its pool has a live one."""
         number = sum(1 for _ in self.folder.glob(f"worker-{pool}-*.log"))
         command = [BIN / "prefect", "worker", "start", "--pool", pool, "--name", f"{pool}-{number}"]
-        process = self.start(f"worker-{pool}-{number}", command, env)
+        process = self.start(f"worker-{pool}-{number}", command, env, alone)
         log = self.folder / f"worker-{pool}-{number}.log"
         wait_until(lambda: "started!" in log.read_text(), 60, log.read_text)
         return process
@@ -111,6 +115,7 @@ class Server:
         for process in reversed(self.processes):
             if process.poll() is None:
                 process.stdin.close()
+                process.terminate()
         for process in self.processes:
             process.wait()
 

@@ -17,6 +17,7 @@ from real_server import BIN, PROJECT, Server, children, job_processes, wait_unti
 pytestmark = [pytest.mark.server, pytest.mark.timeout(600)]
 ENDLESS = ["recipe.sft.args.max_steps=50000", "recipe.policy.args.max_steps=2", "placement.sft.timeout_seconds=3600"]
 GONE_SECONDS = 45
+ZOMBIE_SECONDS = 180  # three heartbeats of 30 s, and what the server takes to see it
 
 
 @pytest.fixture(scope="module")
@@ -67,12 +68,10 @@ class Run:
         named = {pid: next((k for k in order if kinds[k] in text), "other") for pid, text in job_processes(self.folder).items()}
         return [pid for pid, kind in named.items() if kind == part]
 
-    def died(self) -> int:
-        """Wait for the end of the command and of every process of its jobs; return the exit code."""
-        start = time.monotonic()
-        code = self.process.wait(GONE_SECONDS + 30)
-        wait_until(lambda: not job_processes(self.folder), GONE_SECONDS - (time.monotonic() - start), self.said)
-        return code
+    def died(self, seconds: float = GONE_SECONDS + 30) -> int:
+        """Wait for the end of every process of its jobs, then of the command; return the exit code."""
+        wait_until(lambda: not job_processes(self.folder), GONE_SECONDS, self.said)
+        return self.process.wait(seconds)
 
     def truth(self) -> tuple[str, str, set[str]]:
         """Return what Prefect says of the run, and MLflow of it and of its SFT."""
@@ -139,10 +138,9 @@ def test_ctrl_c_once_saves_a_checkpoint_and_the_next_run_goes_on_from_it(server)
     assert (run.died(), *run.truth()) == CANCELLED
     last = run.steps()[-1]
     again = here(server)
-    # the curve of the first run is there from its first step, and goes on without a gap
-    wait_until(lambda: again.num_steps() > last + 2, 60, again.said)
-    steps = again.steps()
-    assert steps == list(range(1, len(steps) + 1))
+    # the curve of the first run is there from its first step, and goes on without a gap; the profile logs every fourth
+    steps = wait_until(lambda: max(again.steps(), default=0) > last + 8 and again.steps(), 60, again.said)
+    assert steps == list(range(4, 4 * len(steps) + 1, 4))
     assert "goes on from" in (again.folder / "sft" / "log.txt").read_text()
     os.killpg(again.process.pid, signal.SIGINT)
     assert again.died() == 130
@@ -199,21 +197,21 @@ def test_worker_terminated_fails_the_run_and_the_next_goes_on_from_the_checkpoin
     worker = pool.worker("cpu")
     run = there(pool)
     os.kill(children(worker.pid)[0], signal.SIGTERM)
-    assert (run.died(), *run.truth()) == FAILED
-    assert "worker was stopped" in run.said()
+    # Prefect's worker kills its runs when it is told to stop, and leaves them Running: the automation sees it by the heartbeat
+    assert (run.died(ZOMBIE_SECONDS), *run.truth()) == FAILED
+    assert "ended as Crashed" in run.said()
     assert list((pool.home / ".checkpoints" / "sft").glob("*/checkpoint-*/saved"))
     worker.wait()
 
 
 def test_worker_killed_lets_its_job_go_on_and_it_can_still_be_cancelled(pool):
-    worker = pool.worker("cpu")
+    worker = pool.worker("cpu", alone=True)
     run = there(pool)
-    os.kill(children(worker.pid)[0], signal.SIGKILL)
+    os.kill(worker.pid, signal.SIGKILL)
     before = run.num_steps()
     wait_until(lambda: run.num_steps() > before + 5, 60, run.said)
     os.killpg(run.process.pid, signal.SIGINT)
     assert (run.died(), *run.truth()) == CANCELLED
-    worker.stdin.close()
     worker.wait()
 
 

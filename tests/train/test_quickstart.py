@@ -243,8 +243,8 @@ def test_two_processes_log_each_step_once_and_leave_one_adapter(first, tmp_path)
     assert "world size 2" in (work / "log.txt").read_text()
 
 
-@pytest.mark.parametrize("seed", [2, 3])
-def test_quickstart_learns_on_other_seeds(seed, tmp_path, capsys):
+@pytest.mark.parametrize("seed", [2])
+def test_quickstart_learns_on_another_seed(seed, tmp_path, capsys):
     home = Home(tmp_path)
     summary, done = home.run("quickstart", f"recipe.seed={seed}")
     assert done.returncode == 0, done.stderr
