@@ -48,7 +48,8 @@ def is_placeholder(word: str) -> bool:
 
 def problem_of(command: str) -> str | None:
     """Return what is wrong with the arguments of a `posttrain` command, or None. Nothing is run."""
-    words = [word.strip("[]") for word in shlex.split(command)]
+    # [--json] is an option that may be given; placement.default.tags=[cpu] is a list
+    words = [word if "=[" in word else word.strip("[]") for word in shlex.split(command)]
     if words[1:2] == ["|"]:  # run | plan | validate: a list of commands
         return next((f"there is no command {word!r}" for word in words if word not in ("|", *PARSER.commands)), None)
     if words[0] in ("…", "--help") or is_placeholder(words[0]):

@@ -64,7 +64,14 @@ def sft_adapter(made, tmp_path_factory) -> str:
     config = {"dtype": "float32", "base_digest": "tiny", "lora": LORA, "args": TRAIN | {"learning_rate": 5e-3}}
     sft.main(
         JobSpec(
-            stage="sft", module="tasks.jobs.sft", seed=1, inputs=inputs, config=config, output=folder / "output", work=folder
+            stage="sft",
+            module="tasks.jobs.sft",
+            seed=1,
+            inputs=inputs,
+            config=config,
+            output=folder / "output",
+            work=folder,
+            checkpoints=folder / "checkpoints",
         )
     )
     return str(folder / "output")
