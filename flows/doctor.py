@@ -1,9 +1,11 @@
 """`posttrain doctor`: what this machine has against what a run needs; each line is ok, or says what to do."""
 
+import base64
 import os
 import shutil
 import subprocess
 import sys
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -93,19 +95,29 @@ def disk() -> Iterator[Check]:
 
 
 def servers() -> Iterator[Check]:
-    """Ask the servers that the environment names; without one, runs use the embedded ones."""
-    for name, variable, path in (("Prefect", "PREFECT_API_URL", "/health"), ("MLflow", "MLFLOW_TRACKING_URI", "/health")):
-        address = os.environ.get(variable, "")
-        if not address.startswith("http"):
-            yield Check(True, f"{name}: {variable} is not set, runs use {name}'s embedded mode")
-            continue
-        remedy = f"start it, or unset {variable} to use the embedded mode"
-        yield Check(answers(address.rstrip("/") + path), f"{name} at {address}", remedy)
+    """Ask the servers that the environment names what only a known user is told; without one, runs use the embedded ones."""
+    env = os.environ
+    mlflow_user = f"{env.get('MLFLOW_TRACKING_USERNAME', '')}:{env.get('MLFLOW_TRACKING_PASSWORD', '')}".strip(":")
+    yield server(
+        "Prefect", "PREFECT_API_URL", "/admin/version", env.get("PREFECT_API_AUTH_STRING", ""), "PREFECT_API_AUTH_STRING"
+    )
+    path = "/api/2.0/mlflow/experiments/search?max_results=1"
+    yield server("MLflow", "MLFLOW_TRACKING_URI", path, mlflow_user, "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD")
 
 
-def answers(url: str) -> bool:
+def server(name: str, variable: str, path: str, user: str, settings: str) -> Check:
+    """Check one server; `user` is `name:password`, which `settings` hold."""
+    address = os.environ.get(variable, "")
+    if not address.startswith("http"):
+        return Check(True, f"{name}: {variable} is not set, runs use {name}'s embedded mode")
+    headers = {"Authorization": "Basic " + base64.b64encode(user.encode()).decode()} if user else {}
+    remedy = f"start it, or unset {variable} to use the embedded mode"
     try:
-        with urllib.request.urlopen(url, timeout=5):
-            return True
+        with urllib.request.urlopen(urllib.request.Request(address.rstrip("/") + path, headers=headers), timeout=5):
+            return Check(True, f"{name} at {address}", remedy)
+    except urllib.error.HTTPError as error:
+        refused = error.code in (401, 403)
+        what = f"{name} at {address} answers {error.code}"
+        return Check(False, what, f"set {settings}" if refused else f"look at the log of {name}'s server")
     except OSError:
-        return False
+        return Check(False, f"{name} at {address}", remedy)

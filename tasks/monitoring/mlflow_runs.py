@@ -88,7 +88,8 @@ def open_run(experiment: str, name: str, tags: dict[str, str], parent: str | Non
         return _client().create_run(_experiment(experiment), run_name=name, tags={**own, **tags, **nested}).info.run_id
     except MlflowException as error:
         raise MachineUnfit(
-            f"MLflow at {tracking_uri()} does not take a run: {error}. Start it, or unset MLFLOW_TRACKING_URI."
+            f"MLflow at {tracking_uri()} does not take a run: {error}. Start it; set MLFLOW_TRACKING_USERNAME and "
+            "MLFLOW_TRACKING_PASSWORD if it asks who you are; or unset MLFLOW_TRACKING_URI."
         ) from error
 
 
