@@ -300,6 +300,23 @@ def test_wrong_mlflow_password_stops_a_run_before_it_starts_and_says_where(produ
 
 
 @needs_postgres
+@pytest.mark.parametrize(
+    ("wrong", "failed", "setting"),
+    [
+        ({}, [], ""),
+        ({"PREFECT_API_AUTH_STRING": "prefect:wrong"}, ["Prefect at"], "PREFECT_API_AUTH_STRING"),
+        ({"MLFLOW_TRACKING_PASSWORD": "wrong"}, ["MLflow at"], "MLFLOW_TRACKING_PASSWORD"),
+    ],
+)
+def test_doctor_asks_each_server_as_the_user_it_is(wrong, failed, setting, production):
+    env = production.client(**wrong)
+    done = subprocess.run([BIN / "posttrain", "doctor"], env=env, cwd=PROJECT, capture_output=True, text=True)
+    text = done.stdout + done.stderr
+    refused = [name for name in ("Prefect at", "MLflow at") if re.search(rf"{name} \S+ answers 40[13]", " ".join(text.split()))]
+    assert refused == failed and setting in text, text
+
+
+@needs_postgres
 def test_flow_run_of_a_gpu_worker_is_completed_in_postgresql(production, probe):
     query = "SELECT r.state_type FROM flow_run r JOIN flow f ON f.id = r.flow_id WHERE f.name = 'probe'"
     assert production.rows("prefect", query) == [["COMPLETED"]]
