@@ -45,6 +45,15 @@ def test_deployment_that_does_not_exist_is_refused_before_anything_runs(server):
     assert done.returncode == 2 and "nope" in done.stderr
 
 
+def test_dataset_event_starts_the_run_that_its_payload_names(server):
+    payload = json.dumps({"profile": "quickstart-dpo"})
+    event = ["event", "emit", "posttrain.dataset.updated", "--resource-id", "dataset.digits", "--payload", payload]
+    server.prefect(*event)
+    asked = {"deployments": {"name": {"any_": ["on-dataset"]}}}
+    (run,) = wait_until(lambda: server.api("/flow_runs/filter", asked), 60, lambda: "no run 60 s after the event")
+    assert run["parameters"]["profile"] == "quickstart-dpo" and run["created_by"]["type"] == "AUTOMATION"
+
+
 def test_tags_that_no_pool_has_name_what_was_asked_what_there_is_and_what_is_lacking(server):
     done = server.posttrain("run", "quickstart", "--set", "placement.default.tags=[gpu, b200]")
     assert done.returncode == 4
