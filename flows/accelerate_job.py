@@ -19,7 +19,7 @@ from tasks.launch import build_here, work_folder
 from tasks.local_job import Metrics, job_python
 from tasks.pipeline_run import store, write_json
 from tasks.pools import OUTCOME
-from tasks.watch import any_over, watched
+from tasks.watch import called_off, watched
 
 MIRROR_SECONDS = {"metrics.jsonl": 2.0, "log.txt": 20.0}
 log = logging.getLogger("posttrain")
@@ -37,13 +37,12 @@ def accelerate_job(order: dict[str, Any]) -> State | None:
     wanted = JobOrder.model_validate(order)
     here, work = store(), work_folder(wanted)
     mirror = Mirror(here, wanted)
-    family = [flow_run.id, flow_run.parent_flow_run_id]
     outcome: dict[str, Any] = {"error": "JobFailed", "message": "a bug: the log of its run has the traceback"}
     try:
-        with ended_by_name(wanted.stage, family):
+        with ended_by_name(wanted.stage):
             refuse_other_machine(wanted, here)
             inputs = {name: here.resolve(ref, wanted.identity["inputs"][name]) for name, ref in wanted.inputs.items()}
-            with watched(family) as stop:
+            with watched(flow_run.id, flow_run.parent_flow_run_id) as stop:
                 build_here(wanted, inputs, here, mirror.hear, stop)
         outcome = {"error": None}
     except PipelineError as error:
@@ -58,12 +57,12 @@ def accelerate_job(order: dict[str, Any]) -> State | None:
 
 
 @contextmanager
-def ended_by_name(stage: str, family: list[str | None]) -> Iterator[None]:
+def ended_by_name(stage: str) -> Iterator[None]:
     """Raise RunCancelled where someone cancelled the job or its run, JobFailed where the worker was stopped under it."""
     try:
         yield
     except (RunCancelled, *interrupts()) as error:
-        if any_over(family):
+        if called_off(flow_run.id, flow_run.parent_flow_run_id):
             raise RunCancelled(str(error) or f"{stage} was cancelled") from None
         raise JobFailed(
             f"{stage} was ended because its worker was stopped. The next run goes on from its checkpoint."

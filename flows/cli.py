@@ -145,7 +145,7 @@ def _run_guarded() -> int:
     except KeyboardInterrupt:
         process.terminate()
     try:
-        return process.wait()
+        return _wait_for(process)
     except KeyboardInterrupt:
         kill_marked(GUARDED, mark)
         return RunCancelled.exit_code

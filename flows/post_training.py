@@ -47,11 +47,20 @@ def post_training(profile: ProfileChoice, overrides: list[str] | None = None) ->
     run = open_pipeline_run(loaded, flow_run.id)
     summary: dict[str, Any] = {}
     try:
-        with reported(run, summary), watched([flow_run.id], run.stop):
-            run_stages(run)
+        with reported(run, summary), watched(flow_run.id, stop=run.stop):
+            run_to_the_end(run)
     except (RunCancelled, *interrupts()) as error:
         return Cancelled(message=str(error) or "the run was interrupted between two jobs", data=summary)
     return summary
+
+
+def run_to_the_end(run: PipelineRun) -> None:
+    """Run the stages; whatever stops one of them, no thread goes on with a job that nobody waits for."""
+    try:
+        run_stages(run)
+    except BaseException:
+        run.stop.set()
+        raise
 
 
 def run_stages(run: PipelineRun) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
+import httpx
 from prefect.artifacts import create_link_artifact, create_markdown_artifact
 from prefect.client.orchestration import get_client
 
@@ -18,7 +19,7 @@ from tasks.artifacts import Artifact, disk_errors
 from tasks.errors import GateFailed, RunCancelled, RunDied
 from tasks.interrupts import interrupts
 from tasks.monitoring import mlflow_runs
-from tasks.pipeline_run import PipelineRun, StageRecord, write_json
+from tasks.pipeline_run import CLOSED, PipelineRun, StageRecord, write_json
 
 log = logging.getLogger("posttrain")
 
@@ -26,21 +27,33 @@ log = logging.getLogger("posttrain")
 @contextmanager
 def reported(run: PipelineRun, summary: dict[str, Any]) -> Iterator[None]:
     """Fill and publish `summary` when the block ends, however it ends."""
-    with mlflow_runs.closing(run.mlflow_run_id):
-        error: BaseException | None = None
-        try:
-            mlflow_runs.log_dict(run.mlflow_run_id, run.profile.model_dump(mode="json"), "profile.json")
-            create_link_artifact(link=mlflow_runs.run_url(run.mlflow_run_id), link_text="this run in MLflow", key="mlflow-run")
-            yield
-        except BaseException as raised:
-            error = raised
-            error.summary_file = run.folder / "summary.json"
-            raise
-        finally:
-            summary.update(summarise(run, error))
-            with disk_errors(run.folder):
-                publish(run, summary)
-            label(run, summary)
+    try:
+        with mlflow_runs.closing(run.mlflow_run_id):
+            error: BaseException | None = None
+            try:
+                mlflow_runs.log_dict(run.mlflow_run_id, run.profile.model_dump(mode="json"), "profile.json")
+                link = mlflow_runs.run_url(run.mlflow_run_id)
+                create_link_artifact(link=link, link_text="this run in MLflow", key="mlflow-run")
+                yield
+            except BaseException as raised:
+                error = raised
+                error.summary_file = run.folder / "summary.json"
+                raise
+            finally:
+                summary.update(summarise(run, error))
+                write_report(run, summary)
+    finally:
+        (run.folder / CLOSED).touch()
+
+
+def write_report(run: PipelineRun, summary: dict[str, Any]) -> None:
+    """Publish the summary; a server that is away changes nothing about what the run came to."""
+    try:
+        with disk_errors(run.folder):
+            publish(run, summary)
+        label(run, summary)
+    except httpx.HTTPError as error:
+        log.warning("the report is in %s, but not on the servers: %s: %s", run.folder, type(error).__name__, error)
 
 
 def summarise(run: PipelineRun, error: BaseException | None) -> dict[str, Any]:

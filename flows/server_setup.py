@@ -19,6 +19,7 @@ from tasks.environment import HEARTBEAT_SECONDS
 from tasks.errors import ProfileError
 
 QUEUES = {"interactive": 1, "nightly": 2}  # priority: 1 goes first
+BEATS = 5  # a server that was away for a minute, and forgot who beat meanwhile, must not call living runs crashed
 ZOMBIES = "posttrain: runs without a heartbeat have crashed"
 FLOWS = ["post-training", "accelerate-job", "sweep"]  # others' runs on the same server may beat more slowly
 
@@ -71,7 +72,7 @@ def _queue(client: SyncPrefectClient, pool: str, queue: str) -> str:
 
 
 def _crash_zombies() -> str:
-    """A self-hosted server has no automation of its own for runs whose process is gone: three beats missed, and it crashed."""
+    """A self-hosted server has no automation of its own for runs whose process is gone: five beats missed, and it crashed."""
     with get_client(sync_client=True) as client:
         if client.read_automations_by_name(ZOMBIES):
             return "automation for runs without a heartbeat: there"
@@ -81,8 +82,8 @@ def _crash_zombies() -> str:
             after={"prefect.flow-run.heartbeat"}, expect={"prefect.flow-run.*"},
             match=ResourceSpecification({"prefect.resource.id": ["prefect.flow-run.*"]}), for_each={"prefect.resource.id"},
             match_related=ResourceSpecification({"prefect.resource.role": ["flow"], "prefect.resource.name": FLOWS}),
-            posture=Posture.Proactive, threshold=1, within=timedelta(seconds=3 * HEARTBEAT_SECONDS),
+            posture=Posture.Proactive, threshold=1, within=timedelta(seconds=BEATS * HEARTBEAT_SECONDS),
         ),
-        actions=[ChangeFlowRunState(state=StateType.CRASHED, message=f"no heartbeat for {3 * HEARTBEAT_SECONDS} s")],
+        actions=[ChangeFlowRunState(state=StateType.CRASHED, message=f"no heartbeat for {BEATS * HEARTBEAT_SECONDS} s")],
     ).create()  # fmt: skip
     return "automation for runs without a heartbeat: created"

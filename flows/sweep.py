@@ -12,7 +12,7 @@ from prefect import flow
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import StateType
 from prefect.exceptions import ObjectNotFound
-from prefect.states import Crashed, State
+from prefect.states import Cancelled, Crashed, State
 
 from flows.reporting import summarise
 from profiles.schema import Profile
@@ -20,7 +20,7 @@ from tasks.environment import home
 from tasks.errors import PipelineError, RunCancelled, RunDied
 from tasks.guard import MARKER, kill_marked
 from tasks.monitoring import mlflow_runs
-from tasks.pipeline_run import PROCESS, PipelineRun, is_alive, write_json
+from tasks.pipeline_run import CLOSED, PROCESS, PipelineRun, is_alive, write_json
 
 log = logging.getLogger("posttrain")
 
@@ -36,12 +36,21 @@ def sweep_runs() -> list[str]:
     home().mkdir(parents=True, exist_ok=True)
     with (home() / ".sweep.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        return [line for path in sorted(home().glob(f"*/*/{PROCESS}")) if (line := _sweep_run(path)) is not None]
+        return [line for path in sorted(home().glob(f"*/*/{PROCESS}")) if (line := _try_sweep(path)) is not None]
+
+
+def _try_sweep(path: Path) -> str | None:
+    """Sweep one run; what cannot be swept must not keep others from running."""
+    try:
+        return _sweep_run(path)
+    except Exception as error:  # another version's files, a tracker of long ago, a server that is away
+        log.warning("%s cannot be swept: %s: %s", path.parent, type(error).__name__, error)
+        return None
 
 
 def _sweep_run(path: Path) -> str | None:
     folder = path.parent
-    if (folder / "summary.json").is_file():
+    if (folder / CLOSED).is_file():
         return None
     process = json.loads(path.read_text())
     state = _state(process["flow_run_id"])
@@ -50,14 +59,17 @@ def _sweep_run(path: Path) -> str | None:
         return None
     if not here and (state is None or not state.is_final()):
         return None  # another machine's run, which nothing says is dead
-    kill_marked(MARKER, str(folder))
+    if left := kill_marked(MARKER, str(folder)):
+        log.warning("%s: processes %s of it cannot be killed; swept again next time", folder, left)
+        return None
     why = f"process {process['pid']} on {process['host']} is gone" if here else f"Prefect says {state.name}: {state.message}"
     cancelled = state is not None and state.type in (StateType.CANCELLED, StateType.CANCELLING)
     error: PipelineError = RunCancelled(why) if cancelled else RunDied(why)
-    _close(folder, process, error)
     if state is not None and not state.is_final():
+        ended = Cancelled(message=why) if cancelled else Crashed(message=why)
         with get_client(sync_client=True) as client:
-            client.set_flow_run_state(UUID(process["flow_run_id"]), Crashed(message=why), force=True)
+            client.set_flow_run_state(UUID(process["flow_run_id"]), ended, force=True)
+    _close(folder, process, error)
     log.warning("%s/%s died: %s", folder.parent.name, folder.name, why)
     return f"{folder.parent.name}/{folder.name}: {why}"
 
@@ -67,7 +79,9 @@ def _close(folder: Path, process: dict[str, Any], error: PipelineError) -> None:
     mlflow_runs.close_family(process["mlflow_run_id"], error)
     profile = Profile.model_validate(json.loads((folder / "profile.json").read_text()))
     run = PipelineRun(profile, folder.name, folder, process["mlflow_run_id"], process["flow_run_id"])
-    write_json(folder / "summary.json", summarise(run, error))
+    if not (folder / "summary.json").is_file():
+        write_json(folder / "summary.json", summarise(run, error))
+    (folder / CLOSED).touch()
 
 
 def _state(flow_run_id: str) -> State | None:

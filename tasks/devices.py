@@ -3,6 +3,7 @@
 A worker owns the devices in its CUDA_VISIBLE_DEVICES; one without that variable owns all of the machine's.
 """
 
+import contextlib
 import fcntl
 import logging
 import os
@@ -44,7 +45,12 @@ def _lock_file(name: str) -> IO[str]:
     folder = Path("/run/lock")
     folder = folder if os.access(folder, os.W_OK) else Path(tempfile.gettempdir())
     path = folder / f"posttrain-gpu-{name.replace('/', '-')}.lock"
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except PermissionError:  # another user's: a lock needs no right to write
+        return path.open("r")
+    with contextlib.suppress(PermissionError):
+        os.fchmod(descriptor, 0o666)  # whatever the umask
     return os.fdopen(descriptor, "r+")
 
 
@@ -61,7 +67,8 @@ def _take(name: str, file: IO[str], holder: str, stop: threading.Event) -> None:
                 said = True
         if stop.wait(WAIT_SECONDS):
             raise RunCancelled(f"{holder} was stopped while it waited for GPU {name}")
-    file.seek(0)
-    file.truncate()
-    file.write(f"{holder} (process {os.getpid()})")
-    file.flush()
+    if file.writable():
+        file.seek(0)
+        file.truncate()
+        file.write(f"{holder} (process {os.getpid()})")
+        file.flush()

@@ -1,10 +1,9 @@
 """Runs one command and lets none of its descendants outlive it, or outlive the process that asked for it.
 
-`python guard.py GRACE_SECONDS -- COMMAND…`, started in a session of its own with a pipe as standard input. The guard is
+`python guard.py GRACE_SECONDS TELL -- COMMAND…`, started in a session of its own with a pipe as standard input. The guard is
 the child subreaper of everything below it (Linux), so orphaned grandchildren become its children. End of file on the
-pipe means that the asking process is gone, in whatever way, SIGKILL included. On that, or on TERM or INT, the command and
-the processes that it started get TERM (a launcher of one process passes none on), then after the grace every descendant gets
-KILL until none is left. The command's exit code is passed on.
+pipe means that the asking process is gone, in whatever way, SIGKILL included. On that, or on TERM or INT, the command
+gets TERM, then after the grace every descendant gets KILL until none is left. The command's exit code is passed on.
 Standard library only: it starts in milliseconds, before anything heavy is imported.
 """
 
@@ -19,15 +18,19 @@ import time
 
 MARKER = "POSTTRAIN_JOB"  # the work folder of the job that a process belongs to
 PR_SET_CHILD_SUBREAPER = 36
+KILL_SECONDS = 20.0
 SETTLE_SECONDS = 2.0  # what a finished command's helpers get to end by themselves
 
 
-def guarded(command: list[str], grace_seconds: float) -> list[str]:
-    """Return the command line that runs `command` under the guard; start it with a pipe for standard input."""
-    return [sys.executable, "-S", "-E", __file__, str(grace_seconds), "--", *command]
+def guarded(command: list[str], grace_seconds: float, tell: str = "command") -> list[str]:
+    """Return the command line that runs `command` under the guard; start it with a pipe for standard input.
+
+    `tell` is who gets TERM first: the "command" alone, or with it its "children": a launcher of one process passes none on.
+    """
+    return [sys.executable, "-S", "-E", __file__, str(grace_seconds), tell, "--", *command]
 
 
-def main(grace_seconds: float, command: list[str]) -> int:
+def main(grace_seconds: float, tell: str, command: list[str]) -> int:
     """Return the command's exit code, as a shell would report it, when no descendant is alive any more."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
@@ -39,7 +42,7 @@ def main(grace_seconds: float, command: list[str]) -> int:
     while child.poll() is None and not stop.wait(0.1):
         pass
     if child.poll() is None:
-        for pid in (*_children(child.pid), child.pid):
+        for pid in (*(_children(child.pid) if tell == "children" else []), child.pid):
             _signal(pid, signal.SIGTERM)
     _wait(child, grace_seconds if stop.is_set() else SETTLE_SECONDS)
     _kill_descendants()
@@ -66,12 +69,17 @@ def _kill_descendants() -> None:
         time.sleep(0.05)
 
 
-def kill_marked(variable: str, value: str) -> None:
-    """Kill every process that has `variable=value`, or a path below that value, in its environment: where no guard is left."""
-    while marked := _marked(variable, value):
+def kill_marked(variable: str, value: str) -> list[int]:
+    """Kill every process that has `variable=value`, or a path below that value, in its environment: where no guard is left.
+
+    Returns who is still there: a process in a device's or a dead disk's wait cannot be killed.
+    """
+    end = time.monotonic() + KILL_SECONDS
+    while (marked := _marked(variable, value)) and time.monotonic() < end:
         for pid in marked:
             _signal(pid, signal.SIGKILL)
         time.sleep(0.05)
+    return marked
 
 
 def _marked(variable: str, value: str) -> list[int]:
@@ -123,4 +131,4 @@ def _is_zombie(pid: int) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main(float(sys.argv[1]), sys.argv[3:]))
+    sys.exit(main(float(sys.argv[1]), sys.argv[2], sys.argv[4:]))

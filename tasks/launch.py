@@ -48,12 +48,12 @@ def build_here(
     Raises DriftHalted, JobFailed, MachineUnfit or RunCancelled; nothing of a failed build is left in the store.
     """
     start = time.monotonic()
-    with store.staging(order.stage, order.fingerprint) as staged, checkpoint_folder(order) as checkpoints:
+    with store.staging(order.stage, order.fingerprint) as staged, checkpoint_folder(order) as (checkpoints, lock):
         spec = JobSpec(
             stage=order.stage, module=order.module, seed=order.seed, config=order.config, drift=order.drift,
             inputs=inputs, output=staged, work=work_folder(order), checkpoints=checkpoints,
         )  # fmt: skip
-        result = run_job(spec, order.placement, on_metrics, stop)
+        result = run_job(spec, order.placement, on_metrics, stop, locks=[lock])
         built = Artifact(
             order.stage, str(staged), order.fingerprint, "", result.metrics, result.details, order.mlflow_run_id,
             round(time.monotonic() - start, 2),
@@ -72,8 +72,11 @@ def work_folder(order: JobOrder) -> Path:
 
 
 @contextmanager
-def checkpoint_folder(order: JobOrder) -> Iterator[Path]:
-    """Yield where the job saves and looks for checkpoints: one folder per fingerprint, or its own if another job has that."""
+def checkpoint_folder(order: JobOrder) -> Iterator[tuple[Path, int]]:
+    """Yield where the job saves and looks for checkpoints, with the lock that the job must hold to its end.
+
+    It is one folder per fingerprint, or the job's own while another job has that.
+    """
     shared = home() / ".checkpoints" / order.stage / order.fingerprint
     with disk_errors(shared):
         shared.mkdir(parents=True, exist_ok=True)
@@ -83,4 +86,4 @@ def checkpoint_folder(order: JobOrder) -> Iterator[Path]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             free = False
-        yield shared if free else work_folder(order) / "checkpoints"
+        yield shared if free else work_folder(order) / "checkpoints", lock.fileno()

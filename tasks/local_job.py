@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -62,13 +62,17 @@ def job_python(placement: StagePlacement) -> Path:
 
 
 def run_job(
-    spec: JobSpec, placement: StagePlacement, on_metrics: Callable[[Metrics], None], stop: threading.Event
+    spec: JobSpec,
+    placement: StagePlacement,
+    on_metrics: Callable[[Metrics], None],
+    stop: threading.Event,
+    locks: Sequence[int] = (),
 ) -> JobResult:
     """Run the job to its end and return what it left; no descendant of it is alive afterwards.
 
     `on_metrics` gets the lines that rank 0 has logged since the last call, `{"step", "max_steps", "time", "metrics"}`.
-    `stop` ends the job from another thread. Raises DriftHalted, JobFailed (with the root cause of the first failing rank and
-    the log's path), MachineUnfit or RunCancelled.
+    `stop` ends the job from another thread; `locks` are descriptors that the job holds to its end. Raises DriftHalted,
+    JobFailed (with the root cause of the first failing rank and the log's path), MachineUnfit or RunCancelled.
     """
     with disk_errors(spec.work):
         (spec.work / "job.json").write_text(spec.model_dump_json(indent=1))
@@ -76,7 +80,7 @@ def run_job(
     command, env = _command(spec, placement), job_environment(placement) | {MARKER: str(spec.work)}
     gpus = [] if uses_cpu(placement) else devices.visible(env)
     try:
-        with devices.held(gpus, str(spec.work), stop) as locks, _child(command, env, log_file, locks) as (process, pump):
+        with devices.held(gpus, str(spec.work), stop) as own, _child(command, env, log_file, [*own, *locks]) as (process, pump):
             code = _follow(process, pump, spec, placement.timeout_seconds, on_metrics, stop)
     except (Stopped, *interrupts()):
         raise RunCancelled(f"{spec.stage} was interrupted, and its job ended. Log: {log_file}") from None
@@ -88,7 +92,7 @@ def _command(spec: JobSpec, placement: StagePlacement) -> list[str]:
     accelerate = [python, "-m", "accelerate.commands.launch", "--config_file", config]
     alone = ["--num_processes", "1"] if spec.stage in ONE_PROCESS else []
     job = [*alone, "--module", spec.module, str(spec.work / "job.json")]
-    return guarded([*accelerate, *job], GRACE_SECONDS)
+    return guarded([*accelerate, *job], GRACE_SECONDS, tell="children")
 
 
 def job_environment(placement: StagePlacement) -> dict[str, str]:

@@ -19,6 +19,7 @@ from tasks.monitoring import mlflow_runs
 from tasks.remote_store import RemoteStore
 
 PROCESS = "process.json"
+CLOSED = "closed"  # the last thing a run writes; without it, a run whose process is gone is swept
 
 
 @dataclass

@@ -30,7 +30,7 @@ from tasks.local_job import Metrics, MetricsReader
 FLOW = "accelerate-job"
 OUTCOME = "outcome.json"
 POLL_SECONDS = 1.0
-CANCEL_SECONDS = 45  # Prefect kills a cancelled flow's process 30 s after asking; the worker asks within its poll
+CANCEL_SECONDS = 12  # who waits here is killed itself after 25 s or 30 s; the job watches its run and ends in any case
 UNFINISHED = [StateType.SCHEDULED, StateType.PENDING, StateType.RUNNING, StateType.CANCELLING, StateType.PAUSED]
 log = logging.getLogger("posttrain")
 
@@ -158,6 +158,8 @@ def _raise_outcome(order: JobOrder, store: Store, pool: Pool, state: State | Non
         if content["error"] is not None:
             raise getattr(errors, content["error"], errors.JobFailed)(f"on pool {pool.name}: {content['message']}")
         return
+    if state.is_completed():  # its artifact tells, even where its outcome could not be copied
+        return
     if state.is_cancelled():
         raise errors.RunCancelled(f"{order.stage} was cancelled on pool {pool.name}")
     raise errors.JobFailed(
@@ -176,6 +178,8 @@ def _state(flow_run_id: UUID) -> State | None:
 def _server_may_be_away() -> Iterator[None]:
     try:
         yield
+    except ObjectNotFound:
+        log.warning("someone deleted the run of the job in Prefect; the job ends by itself")
     except (httpx.HTTPError, OSError) as error:
         log.warning("Prefect does not answer (%s); the job goes on", type(error).__name__)
 

@@ -6,41 +6,55 @@ Prefect signals only processes that a worker started, and never when the worker 
 import contextvars
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from uuid import UUID
 
 import httpx
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import StateType
+from prefect.exceptions import ObjectNotFound
 
 POLL_SECONDS = 5.0
-OVER = (StateType.CANCELLING, StateType.CANCELLED, StateType.CRASHED, StateType.FAILED)
+CANCELLED = (StateType.CANCELLING, StateType.CANCELLED)
+DEAD = (StateType.CRASHED, StateType.FAILED)
 
 
 @contextmanager
-def watched(flow_run_ids: list[str | None], stop: threading.Event | None = None) -> Iterator[threading.Event]:
-    """Yield an event that is set as soon as one of the flow runs is being cancelled or has died; None ids are left out."""
+def watched(own: str, parent: str | None = None, stop: threading.Event | None = None) -> Iterator[threading.Event]:
+    """Yield an event that is set as soon as a flow run, or the one it works for, is being cancelled, or the latter has died.
+
+    That its own state says Crashed means nothing: a server that was away for long calls living runs crashed when it is back.
+    """
     stop, done = stop or threading.Event(), threading.Event()
     # the embedded server's address is known in this context only
     context = contextvars.copy_context()
-    thread = threading.Thread(target=context.run, args=(_watch, flow_run_ids, stop, done), daemon=True)
+    thread = threading.Thread(target=context.run, args=(_watch, own, parent, stop, done), daemon=True)
     thread.start()
     try:
         yield stop
     finally:
         done.set()
-        thread.join()
+        thread.join(1)  # a server that hangs must not hold up what is to be said
 
 
-def any_over(flow_run_ids: list[str | None]) -> bool:
-    """Tell whether one of the flow runs is being cancelled or has died; a server that is away says nothing about any."""
-    with suppress(httpx.HTTPError, OSError), get_client(sync_client=True) as client:
-        return any(client.read_flow_run(UUID(str(run_id))).state.type in OVER for run_id in flow_run_ids if run_id)
-    return False
+def called_off(own: str, parent: str | None) -> bool:
+    """Tell whether a flow run is to end: cancelled, or its parent cancelled, dead or deleted."""
+    return _state(own) in CANCELLED or (parent is not None and _state(parent) in (*CANCELLED, *DEAD))
 
 
-def _watch(flow_run_ids: list[str | None], stop: threading.Event, done: threading.Event) -> None:
+def _state(flow_run_id: str) -> StateType | None:
+    """Return a run's state; one that was deleted counts as cancelled, and a server that is away says nothing."""
+    try:
+        with get_client(sync_client=True) as client:
+            return client.read_flow_run(UUID(str(flow_run_id))).state.type
+    except ObjectNotFound:
+        return StateType.CANCELLED
+    except (httpx.HTTPError, OSError):
+        return None
+
+
+def _watch(own: str, parent: str | None, stop: threading.Event, done: threading.Event) -> None:
     while not done.wait(POLL_SECONDS):
-        if any_over(flow_run_ids):
+        if called_off(own, parent):
             stop.set()
             return

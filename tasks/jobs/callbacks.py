@@ -52,11 +52,13 @@ class StopOnTerm(TrainerCallback):
         signal.signal(signal.SIGTERM, lambda *_: self.accelerator.set_trigger())
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self.accelerator.check_trigger():
+        # after the last step there is nothing to stop: the job ends by itself, with its result
+        if self.accelerator.check_trigger() and state.global_step < state.max_steps:
             self.stopped = control.should_save = control.should_training_stop = True
 
     def on_save(self, args, state, control, **kwargs):
-        if state.is_world_process_zero:
+        self.accelerator.wait_for_everyone()  # each rank writes files of its own into it
+        if state.is_world_process_zero and state.global_step < state.max_steps:  # from the last step there is no going on
             (Path(args.output_dir) / f"checkpoint-{state.global_step}" / SAVED).touch()
 
 

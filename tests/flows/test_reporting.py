@@ -72,10 +72,10 @@ def test_summary_of_dpo_says_why_there_is_no_reward_model(run):
 def test_summary_names_the_export_once_there_is_one(run):
     quickstart = run()
     assert summarise(quickstart, None)["export"] is None
-    export = quickstart.folder / "export"
-    export.mkdir()
+    export = quickstart.store.place("export", "0123456789ab")
+    export.mkdir(parents=True)
     (export / "manifest.json").write_text(json.dumps({"artifact": {"details": {"serve": "--dtype float32"}}}))
-    quickstart.record(StageRecord("export", "ran", artifact=str(export)))
+    quickstart.record(StageRecord("export", "ran", export.name, artifact=str(export)))
     summary = summarise(quickstart, None)
     assert (summary["export"], summary["serve"]) == (str(export), f"vllm serve {export} --dtype float32")
 

@@ -17,7 +17,7 @@ from real_server import BIN, PROJECT, Server, children, job_processes, wait_unti
 pytestmark = [pytest.mark.server, pytest.mark.timeout(600)]
 ENDLESS = ["recipe.sft.args.max_steps=50000", "recipe.policy.args.max_steps=2", "placement.sft.timeout_seconds=3600"]
 GONE_SECONDS = 45
-ZOMBIE_SECONDS = 180  # three heartbeats of 30 s, and what the server takes to see it
+ZOMBIE_SECONDS = 270  # five heartbeats of 30 s, and what the server takes to see it
 
 
 @pytest.fixture(scope="module")
@@ -68,9 +68,12 @@ class Run:
         named = {pid: next((k for k in order if kinds[k] in text), "other") for pid, text in job_processes(self.folder).items()}
         return [pid for pid, kind in named.items() if kind == part]
 
-    def died(self, seconds: float = GONE_SECONDS + 30) -> int:
-        """Wait for the end of every process of its jobs, then of the command; return the exit code."""
-        wait_until(lambda: not job_processes(self.folder), GONE_SECONDS, self.said)
+    def died(self, seconds: float = GONE_SECONDS + 30, after: float = 0) -> int:
+        """Wait for the end of every process of its jobs, then of the command; return the exit code.
+
+        `after` is how long the death itself is in coming.
+        """
+        wait_until(lambda: not job_processes(self.folder), after + GONE_SECONDS, self.said)
         return self.process.wait(seconds)
 
     def truth(self) -> tuple[str, str, set[str]]:
@@ -128,7 +131,7 @@ def test_one_of_two_ranks_killed_ends_both(server):
 def test_rank_that_hangs_is_ended_by_the_stage_timeout_which_is_named(server):
     run = here(server, "placement.sft.timeout_seconds=40")
     os.kill(run.pid("rank"), signal.SIGSTOP)
-    assert (run.died(), *run.truth()) == FAILED
+    assert (run.died(after=40), *run.truth()) == FAILED
     assert "timeout_seconds 40" in run.said()
 
 
