@@ -67,7 +67,7 @@ def summarise(run: PipelineRun, error: BaseException | None) -> dict[str, Any]:
         "status": status_of(error),
         "exit_code": exit_code_of(error),
         "error": None if error is None else f"{type(error).__name__}: {error}",
-        "stages": [asdict(record) for record in [*records, *skipped(run, by_stage)]],
+        "stages": [asdict(record) for record in in_order(run, [*records, *skipped(run, by_stage)])],
         "metrics": _read(run.folder / "metrics.json", {}),
         "gate": _read(run.folder / "gate.json", None),
         "export": export.artifact if export else None,
@@ -100,6 +100,13 @@ def exit_code_of(error: BaseException | None) -> int:
     if error is None:
         return 0
     return RunCancelled.exit_code if isinstance(error, interrupts()) else getattr(error, "exit_code", 1)
+
+
+def in_order(run: PipelineRun, records: list[StageRecord]) -> list[StageRecord]:
+    """Return the records in the recipe's order: what runs side by side ends in any."""
+    data = [f"validate-{name}" for name in ("eval", "sft", "preference", "prompts")]
+    order = ["prepare", *data, "sft", "reward_model", run.profile.recipe.policy.method, "evaluate", "merge", "export"]
+    return sorted(records, key=lambda record: order.index(record.stage))
 
 
 def skipped(run: PipelineRun, by_stage: dict[str, StageRecord]) -> list[StageRecord]:
