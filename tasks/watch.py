@@ -1,6 +1,6 @@
 """Sees from inside a process that someone cancelled its run, or that the run it works for is gone: nobody else tells it.
 
-Prefect signals only processes that a worker started, and never when the worker was replaced (facts in docs/production.md).
+Prefect signals only processes that a worker started, and never when the worker was replaced (docs/production.md).
 """
 
 import contextvars
