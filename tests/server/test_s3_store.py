@@ -5,13 +5,12 @@ import os
 import socket
 import subprocess
 import sys
-import time
-import urllib.request
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from real_server import answers, wait_until
 
 from tasks.artifacts import MANIFEST, Artifact, Store
 from tasks.errors import JobFailed, MachineUnfit
@@ -37,14 +36,6 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-def answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=2):
-            return True
-    except OSError:
-        return False
-
-
 @pytest.fixture(scope="module")
 def endpoint(tmp_path_factory) -> Iterator[str]:
     """A SeaweedFS server that knows one user and makes no bucket by itself; its process tree ends with the fixture."""
@@ -65,10 +56,7 @@ def endpoint(tmp_path_factory) -> Iterator[str]:
             guarded(command, 1), stdin=subprocess.PIPE, stdout=log, stderr=log, cwd=folder, start_new_session=True
         )
     url = f"http://127.0.0.1:{ports[names.index('s3.port')]}"
-    end = time.monotonic() + 60
-    while not answers(f"{url}/healthz"):
-        assert time.monotonic() < end and process.poll() is None, (folder / "server.log").read_text()
-        time.sleep(0.2)
+    wait_until(lambda: answers(f"{url}/healthz"), 60, (folder / "server.log").read_text)
     yield url
     process.stdin.close()
     process.wait()
