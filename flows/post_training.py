@@ -8,6 +8,7 @@ from prefect.runtime import flow_run
 from prefect.states import Cancelled
 from pydantic import Field
 
+from flows.approval import require_approval
 from flows.reporting import gate_candidate, reported
 from flows.sweep import sweep_runs
 from profiles.load import shipped
@@ -19,7 +20,7 @@ from tasks.evaluate_policy import evaluate_policy
 from tasks.export_vllm import export_vllm
 from tasks.interrupts import interrupts
 from tasks.merge_lora import merge_lora
-from tasks.pipeline_run import PipelineRun, open_pipeline_run
+from tasks.pipeline_run import PipelineRun, open_pipeline_run, suspended_run
 from tasks.prepare_data import find_base_model, prepare_data
 from tasks.train_policy import train_policy
 from tasks.train_reward_model import train_reward_model
@@ -41,10 +42,7 @@ def post_training(profile: ProfileChoice, overrides: list[str] | None = None) ->
 
     Raises the PipelineError of the stage that stopped it; a cancelled run ends in Prefect's state Cancelled.
     """
-    loaded = load_profile(profile, overrides)
-    check_profile(loaded)
-    sweep_runs()
-    run = open_pipeline_run(loaded, flow_run.id)
+    run = suspended_run(flow_run.id) or new_run(profile, overrides)
     summary: dict[str, Any] = {}
     try:
         with reported(run, summary), watched(flow_run.id, stop=run.stop):
@@ -54,10 +52,21 @@ def post_training(profile: ProfileChoice, overrides: list[str] | None = None) ->
     return summary
 
 
+def new_run(profile: str, overrides: list[str] | None) -> PipelineRun:
+    """Open a run of a profile that does not contradict itself; raises ProfileError before there is one."""
+    loaded = load_profile(profile, overrides)
+    check_profile(loaded)
+    sweep_runs()
+    return open_pipeline_run(loaded, flow_run.id)
+
+
 def run_to_the_end(run: PipelineRun) -> None:
-    """Run the stages; whatever stops one of them, no thread goes on with a job that nobody waits for."""
+    """Run the stages, then ask; whatever stops one of them, no thread goes on with a job that nobody waits for."""
     try:
-        run_stages(run)
+        if not run.was_suspended:
+            run_stages(run)
+        if run.profile.gates.approval:
+            require_approval(run)
     except BaseException:
         run.stop.set()
         raise

@@ -54,6 +54,8 @@ def wait(flow_run: FlowRun) -> dict[str, Any]:
             client.set_flow_run_state(flow_run.id, Cancelling())
         raise RunCancelled(f"{flow_run.name} was told to stop; its page says what became of it: {page(flow_run)}") from None
     labels = {key.removeprefix("posttrain."): value for key, value in flow_run.labels.items() if key.startswith("posttrain.")}
+    if labels.get("status") == "waiting" and not flow_run.state.is_failed():
+        labels = {}  # it ended while it waited for an approval, and not because nobody gave it
     without = RunCancelled.exit_code if flow_run.state.is_cancelled() else CRASHED_EXIT_CODE
     known = {"exit_code": without, "run_id": None, "status": None} | labels
     return known | {"state": flow_run.state.name, "message": flow_run.state.message}
@@ -71,6 +73,7 @@ def _until_final(flow_run_id: UUID) -> FlowRun:
             if flow_run.state.is_final():
                 return flow_run
             if flow_run.state.name != seen:
-                log.info("%s: %s", flow_run.name, flow_run.state.name.lower())
+                asked = f": answer `Resume` on {page(flow_run)}" if flow_run.state.is_paused() else ""
+                log.info("%s: %s%s", flow_run.name, flow_run.state.name.lower(), asked)
                 seen = flow_run.state.name
         time.sleep(POLL_SECONDS)

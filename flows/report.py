@@ -31,6 +31,7 @@ def html(run: PipelineRun, summary: dict[str, Any], plots: dict[str, str]) -> st
         _table(("stage", "", "seconds", "key metric", "fingerprint"), [stage_cells(s) for s in summary["stages"]]),
         _estimates_table(summary["metrics"]),
         _gate(summary["gate"]),
+        f"<p>Release {_text(approval_text(summary['approval']))}</p>" if summary["approval"] else "",
         _curves(plots),
         _samples(summary),
         f"<h2>Export</h2><p><code>{_text(summary['serve'])}</code></p>" if summary["serve"] else "",
@@ -49,6 +50,7 @@ def markdown(run: PipelineRun, summary: dict[str, Any], plots: dict[str, str]) -
         lines += [f"**{metric}** " + " → ".join(f"{name} {estimate_text(e)}" for name, e in models.items()), ""]
     if summary["gate"]:
         lines += ["**gate** " + ("passed" if summary["gate"]["passed"] else "failed: " + "; ".join(summary["gate"]["reasons"]))]
+    lines += ["", f"**release** {approval_text(summary['approval'])}"] if summary["approval"] else []
     images = [f"![{stage}](data:image/png;base64,{png})" for stage, png in plots.items()]
     return "\n".join([*lines, "", *images])
 
@@ -68,6 +70,12 @@ def stage_cells(record: dict[str, Any]) -> list[str]:
 
 def estimate_text(estimate: dict[str, Any]) -> str:
     return f"{estimate['value']:.3f} [{estimate['low']:.3f}, {estimate['high']:.3f}]"
+
+
+def approval_text(approval: dict[str, Any]) -> str:
+    """Return what a person decided about the release, e.g. `approved by Ada on 2026-11-22 18:00 UTC (run …): looks right`."""
+    verb = {"approve": "approved", "refuse": "refused"}[approval["decision"]]
+    return f"{verb} by {approval['reviewer']} on {approval['at']} (run {approval['run_id']}): {approval['reason']}"
 
 
 def plots_of(stages: list[dict[str, Any]]) -> dict[str, str]:

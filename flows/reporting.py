@@ -17,7 +17,7 @@ from flows import report
 from tasks import gates
 from tasks.artifacts import Artifact, disk_errors
 from tasks.errors import GateFailed, RunCancelled, RunDied
-from tasks.interrupts import interrupts
+from tasks.interrupts import interrupts, suspension
 from tasks.monitoring import mlflow_runs
 from tasks.pipeline_run import CLOSED, PipelineRun, StageRecord, write_json
 
@@ -26,10 +26,10 @@ log = logging.getLogger("posttrain")
 
 @contextmanager
 def reported(run: PipelineRun, summary: dict[str, Any]) -> Iterator[None]:
-    """Fill and publish `summary` when the block ends, however it ends."""
+    """Fill and publish `summary` when the block ends, however it ends; a suspended run's process only ends, not the run."""
+    error: BaseException | None = None
     try:
         with mlflow_runs.closing(run.mlflow_run_id):
-            error: BaseException | None = None
             try:
                 mlflow_runs.log_dict(run.mlflow_run_id, run.profile.model_dump(mode="json"), "profile.json")
                 link = mlflow_runs.run_url(run.mlflow_run_id)
@@ -40,10 +40,12 @@ def reported(run: PipelineRun, summary: dict[str, Any]) -> Iterator[None]:
                 error.summary_file = run.folder / "summary.json"
                 raise
             finally:
-                summary.update(summarise(run, error))
-                write_report(run, summary)
+                if not isinstance(error, suspension()):
+                    summary.update(summarise(run, error))
+                    write_report(run, summary)
     finally:
-        (run.folder / CLOSED).touch()
+        if not isinstance(error, suspension()):
+            (run.folder / CLOSED).touch()
 
 
 def write_report(run: PipelineRun, summary: dict[str, Any]) -> None:
@@ -70,6 +72,7 @@ def summarise(run: PipelineRun, error: BaseException | None) -> dict[str, Any]:
         "stages": [asdict(record) for record in in_order(run, [*records, *skipped(run, by_stage)])],
         "metrics": _read(run.folder / "metrics.json", {}),
         "gate": _read(run.folder / "gate.json", None),
+        "approval": _read(run.folder / "approval.json", None),
         "export": export.artifact if export else None,
         "serve": serve_command(run, export),
         "report": str(run.folder / "report.html"),
@@ -87,7 +90,7 @@ def serve_command(run: PipelineRun, export: StageRecord | None) -> str | None:
 
 
 def status_of(error: BaseException | None) -> str:
-    """Return completed, failed, cancelled, or crashed for a run that died without a word."""
+    """Return completed, failed, cancelled, or crashed for a run that died without a word; `waiting` is said elsewhere."""
     if isinstance(error, RunDied):
         return "crashed"
     if error is None:

@@ -5,7 +5,6 @@ import json
 import logging
 import socket
 from pathlib import Path
-from typing import Any
 from uuid import UUID
 
 from prefect import flow
@@ -14,13 +13,13 @@ from prefect.client.schemas.objects import StateType
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Cancelled, Crashed, State
 
+from flows.approval import UNANSWERED
 from flows.reporting import summarise
-from profiles.schema import Profile
 from tasks.environment import home
-from tasks.errors import PipelineError, RunCancelled, RunDied
+from tasks.errors import GateFailed, PipelineError, RunCancelled, RunDied
 from tasks.guard import MARKER, kill_marked
 from tasks.monitoring import mlflow_runs
-from tasks.pipeline_run import CLOSED, PROCESS, PipelineRun, is_alive, write_json
+from tasks.pipeline_run import CLOSED, PROCESS, WAITING, is_alive, run_of, write_json
 
 log = logging.getLogger("posttrain")
 
@@ -57,29 +56,31 @@ def _sweep_run(path: Path) -> str | None:
     here = process["host"] == socket.gethostname()
     if here and is_alive(process):
         return None
-    if not here and (state is None or not state.is_final()):
-        return None  # another machine's run, which nothing says is dead
+    suspended = (folder / WAITING).is_file()
+    if (suspended or not here) and (state is None or not state.is_final()):
+        return None  # it waits for a person, or it is another machine's, and nothing says that it is dead
     if left := kill_marked(MARKER, str(folder)):
         log.warning("%s: processes %s of it cannot be killed; swept again next time", folder, left)
         return None
-    why = f"process {process['pid']} on {process['host']} is gone" if here else f"Prefect says {state.name}: {state.message}"
+    gone = f"process {process['pid']} on {process['host']} is gone"
+    why = gone if here and not suspended else f"Prefect says {state.name}: {state.message}"
     cancelled = state is not None and state.type in (StateType.CANCELLED, StateType.CANCELLING)
-    error: PipelineError = RunCancelled(why) if cancelled else RunDied(why)
+    unanswered = suspended and state.type == StateType.FAILED
+    error: PipelineError = RunCancelled(why) if cancelled else GateFailed(UNANSWERED) if unanswered else RunDied(why)
     if state is not None and not state.is_final():
         ended = Cancelled(message=why) if cancelled else Crashed(message=why)
         with get_client(sync_client=True) as client:
             client.set_flow_run_state(UUID(process["flow_run_id"]), ended, force=True)
-    _close(folder, process, error)
+    _close(folder, error)
     log.warning("%s/%s died: %s", folder.parent.name, folder.name, why)
     return f"{folder.parent.name}/{folder.name}: {why}"
 
 
-def _close(folder: Path, process: dict[str, Any], error: PipelineError) -> None:
+def _close(folder: Path, error: PipelineError) -> None:
     """Close the run and its stages in MLflow, and write the summary that the run could not."""
-    mlflow_runs.close_family(process["mlflow_run_id"], error)
-    profile = Profile.model_validate(json.loads((folder / "profile.json").read_text()))
-    run = PipelineRun(profile, folder.name, folder, process["mlflow_run_id"], process["flow_run_id"])
-    if not (folder / "summary.json").is_file():
+    run = run_of(folder)
+    mlflow_runs.close_family(run.mlflow_run_id, error)
+    if (folder / WAITING).is_file() or not (folder / "summary.json").is_file():
         write_json(folder / "summary.json", summarise(run, error))
     (folder / CLOSED).touch()
 

@@ -55,7 +55,7 @@ def attached() -> Iterator[None]:
 
 def show_summary(summary: dict[str, Any]) -> None:
     """Print what became of each stage, the accuracies with their intervals, the verdict, and where everything is."""
-    from flows.report import estimate_text, stage_cells
+    from flows.report import approval_text, estimate_text, stage_cells
 
     table = Table(title=f"{summary['profile']}  {summary['status']}", title_justify="left", box=None, pad_edge=False)
     for column in ("stage", "", "seconds", "key metric", "fingerprint"):
@@ -73,6 +73,8 @@ def show_summary(summary: dict[str, Any]) -> None:
         )
     if summary["gate"]:
         console.print("gate " + ("[green]passed[/]" if summary["gate"]["passed"] else "[red]failed[/]"))
+    if summary["approval"]:
+        console.print(f"release {escape(approval_text(summary['approval']))}", highlight=False, soft_wrap=True)
     console.print()
     if summary["serve"] and summary["exit_code"] == 0:
         _place("serve", summary["serve"])

@@ -195,11 +195,13 @@ class Drift(Strict):
 
 
 class Gates(Strict):
-    """What the candidate must show before it is merged and exported."""
+    """What the candidate must show before it is merged and exported, and who says yes to its release."""
 
     accuracy_min: float | None = Field(None, ge=0, le=1)
     better_than: list[Literal["base", "sft"]] = Field(default_factory=lambda: ["base"])
     p_max: float = Field(0.05, gt=0, lt=1, description="level of the one-sided exact McNemar test")
+    approval: bool = Field(False, description="ask a person, on the run's page in Prefect, before the export is released")
+    approval_timeout_seconds: int = Field(72 * 3600, gt=0, description="without an answer in this time the gate has failed")
 
 
 class StagePlacement(Strict):

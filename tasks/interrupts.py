@@ -1,4 +1,4 @@
-"""What ends a run from outside: Ctrl-C, and SIGTERM, which Prefect turns into an exception of its own inside a flow."""
+"""What ends a run's process from outside: Ctrl-C, SIGTERM, which Prefect turns into an exception of its own, a suspension."""
 
 
 def interrupts() -> tuple[type[BaseException], ...]:
@@ -6,3 +6,10 @@ def interrupts() -> tuple[type[BaseException], ...]:
     from prefect.exceptions import TerminationSignal
 
     return KeyboardInterrupt, TerminationSignal
+
+
+def suspension() -> type[BaseException]:
+    """Return what Prefect raises to end the process of a suspended run, which goes on in another one."""
+    from prefect.exceptions import Pause
+
+    return Pause

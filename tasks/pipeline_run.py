@@ -20,6 +20,7 @@ from tasks.remote_store import RemoteStore
 
 PROCESS = "process.json"
 CLOSED = "closed"  # the last thing a run writes; without it, a run whose process is gone is swept
+WAITING = "waiting"  # the run was suspended for an approval: it has no process, and is not dead
 
 
 @dataclass
@@ -51,6 +52,11 @@ class PipelineRun:
     def store(self) -> Store:
         return store()
 
+    @property
+    def was_suspended(self) -> bool:
+        """Tell whether all stages are done, and the run has been waiting for a person since."""
+        return (self.folder / WAITING).is_file()
+
     def work(self, stage: str) -> Path:
         """Return the folder of a stage's log, metrics and checkpoints, made empty by its first caller."""
         folder = self.folder / stage
@@ -81,12 +87,41 @@ def open_pipeline_run(profile: Profile, flow_run_id: str) -> PipelineRun:
     run_id = f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{os.urandom(2).hex()}"
     mlflow_run_id = mlflow_runs.open_run(profile.name, run_id, {"run_id": run_id, "profile": profile.name})
     folder = home() / profile.name / run_id
+    run = PipelineRun(profile, run_id, folder, mlflow_run_id, flow_run_id)
     with disk_errors(folder):
         folder.mkdir(parents=True)
         write_json(folder / "profile.json", profile.model_dump(mode="json"))
-        ids = {"flow_run_id": flow_run_id, "mlflow_run_id": mlflow_run_id}
-        write_json(folder / PROCESS, {"host": socket.gethostname(), "pid": os.getpid(), "born": _born(os.getpid())} | ids)
-    return PipelineRun(profile, run_id, folder, mlflow_run_id, flow_run_id)
+        _claim(run)
+    return run
+
+
+def suspended_run(flow_run_id: str) -> PipelineRun | None:
+    """Return the run that was suspended under this Prefect run, now this process's; None if there is none.
+
+    Its profile is the one that it ran with: the file may have changed while it waited.
+    """
+    for waiting in home().glob(f"*/*/{WAITING}"):
+        folder = waiting.parent
+        process = json.loads((folder / PROCESS).read_text())
+        if process["flow_run_id"] == flow_run_id and not (folder / CLOSED).is_file():
+            run = run_of(folder)
+            _claim(run)
+            return run
+    return None
+
+
+def run_of(folder: Path) -> PipelineRun:
+    """Return the run that a folder is of, from what it wrote when it was opened."""
+    process = json.loads((folder / PROCESS).read_text())
+    profile = Profile.model_validate_json((folder / "profile.json").read_text())
+    return PipelineRun(profile, folder.name, folder, process["mlflow_run_id"], process["flow_run_id"])
+
+
+def _claim(run: PipelineRun) -> None:
+    """Say that this very process is the run's: while it lives, the run is not dead."""
+    process = {"host": socket.gethostname(), "pid": os.getpid(), "born": _born(os.getpid())}
+    ids = {"flow_run_id": run.flow_run_id, "mlflow_run_id": run.mlflow_run_id}
+    write_json(run.folder / PROCESS, process | ids)
 
 
 def is_alive(process: dict[str, Any]) -> bool:

@@ -8,7 +8,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
@@ -19,7 +19,7 @@ from prefect.client.schemas import filters
 from prefect.client.schemas.objects import StateType, WorkPoolStatus
 from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound
-from prefect.states import Cancelling, State
+from prefect.states import Cancelled, Cancelling, State
 
 from tasks import errors
 from tasks.artifacts import Artifact, Store
@@ -104,7 +104,7 @@ def build_on_pool(order: JobOrder, store: Store, on_metrics: Callable[[Metrics],
 
 def cancel(flow_run_id: UUID) -> None:
     """Ask for the end of a run on a pool and wait for it; a server that does not answer is left to the worker's own watch."""
-    with _server_may_be_away(), get_client(sync_client=True) as client:
+    with _server_may_be_away(), suppress(ObjectNotFound), get_client(sync_client=True) as client:
         client.set_flow_run_state(flow_run_id, Cancelling())
         end = time.monotonic() + CANCEL_SECONDS
         while time.monotonic() < end and not client.read_flow_run(flow_run_id).state.is_final():
@@ -161,7 +161,7 @@ def _raise_outcome(order: JobOrder, store: Store, pool: Pool, state: State | Non
     if state.is_completed():  # its artifact tells, even where its outcome could not be copied
         return
     if state.is_cancelled():
-        raise errors.RunCancelled(f"{order.stage} was cancelled on pool {pool.name}")
+        raise errors.RunCancelled(f"{order.stage} was cancelled on pool {pool.name}: {state.message}")
     raise errors.JobFailed(
         f"{order.stage} on pool {pool.name} ended as {state.name} without a word of its own: {state.message}. "
         f"Its log, if any: {home() / order.work / 'log.txt'}"
@@ -169,8 +169,12 @@ def _raise_outcome(order: JobOrder, store: Store, pool: Pool, state: State | Non
 
 
 def _state(flow_run_id: UUID) -> State | None:
-    with _server_may_be_away(), get_client(sync_client=True) as client:
-        return client.read_flow_run(flow_run_id).state
+    """Return a run's state; None from a server that is away. One that was deleted is cancelled: its worker sees it so, too."""
+    try:
+        with _server_may_be_away(), get_client(sync_client=True) as client:
+            return client.read_flow_run(flow_run_id).state
+    except ObjectNotFound:
+        return Cancelled(message="someone deleted the run")
     return None
 
 
@@ -178,8 +182,6 @@ def _state(flow_run_id: UUID) -> State | None:
 def _server_may_be_away() -> Iterator[None]:
     try:
         yield
-    except ObjectNotFound:
-        log.warning("someone deleted the run of the job in Prefect; the job ends by itself")
     except (httpx.HTTPError, OSError) as error:
         log.warning("Prefect does not answer (%s); the job goes on", type(error).__name__)
 

@@ -41,7 +41,7 @@ class MetricsFile(TrainerCallback):
 
 
 class StopOnTerm(TrainerCallback):
-    """On SIGTERM saves a checkpoint at the end of the step and stops there: every rank at the same step.
+    """On SIGTERM, while it trains, saves a checkpoint at the end of the step and stops there: every rank at the same step.
 
     `saved` is written last, so a checkpoint that the final SIGKILL cut short is not believed.
     """
@@ -49,12 +49,15 @@ class StopOnTerm(TrainerCallback):
     def __init__(self, trainer: Trainer):
         self.accelerator = trainer.accelerator
         self.stopped = False
-        signal.signal(signal.SIGTERM, lambda *_: self.accelerator.set_trigger())
+        self.handler = signal.signal(signal.SIGTERM, lambda *_: self.accelerator.set_trigger())
 
     def on_step_end(self, args, state, control, **kwargs):
         # after the last step there is nothing to stop: the job ends by itself, with its result
         if self.accelerator.check_trigger() and state.global_step < state.max_steps:
             self.stopped = control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args, state, control, **kwargs):
+        signal.signal(signal.SIGTERM, self.handler)  # what is left, saving and measuring, is not gone on with: it ends at once
 
     def on_save(self, args, state, control, **kwargs):
         self.accelerator.wait_for_everyone()  # each rank writes files of its own into it

@@ -17,7 +17,7 @@ from typing import Any
 
 from tasks.environment import home
 from tasks.errors import MachineUnfit, PipelineError, RunCancelled
-from tasks.interrupts import interrupts
+from tasks.interrupts import interrupts, suspension
 
 log = logging.getLogger("posttrain")
 BATCH = 1000  # MLflow's own limit per call
@@ -103,9 +103,11 @@ def stage_run(experiment: str, name: str, tags: dict[str, str], parent: str) -> 
 
 @contextmanager
 def closing(run_id: str) -> Iterator[None]:
-    """Close a run with what really happened in the block: FINISHED, FAILED, or KILLED when cancelled."""
+    """Close a run with what really happened in the block: FINISHED, FAILED, or KILLED when cancelled; not if it goes on."""
     try:
         yield
+    except suspension():
+        raise
     except BaseException as error:
         close(run_id, error)
         raise

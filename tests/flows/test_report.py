@@ -71,6 +71,7 @@ def summary() -> dict[str, Any]:
         ],
         "metrics": {"accuracy": {"base": asdict(estimate([0, 0, 0, 1])), "policy": asdict(estimate([1, 1, 1, 0]))}},
         "gate": {"passed": False, "reasons": [f"accuracy {EVIL}", "p=0.4"]},
+        "approval": {"decision": "refuse", "reviewer": EVIL, "reason": "no", "at": "2026-11-22 18:00 UTC", "run_id": "r"},
         "export": None,
         "serve": None,
     }
@@ -87,7 +88,7 @@ def test_html_shows_every_stage_with_its_status_seconds_metric_and_fingerprint(r
 def test_html_shows_every_text_as_it_is_and_none_as_markup(run, summary):
     page = Cells(report.html(run, summary, {}))
     assert "script" not in page.tags
-    assert page.text.count("alert('x')") == 4  # description, error, the stage's reason, the gate's reason
+    assert page.text.count("alert('x')") == 5  # description, error, stage's reason, gate's reason, reviewer
 
 
 def test_html_shows_each_models_share_with_its_interval(run, summary):
@@ -105,7 +106,7 @@ def test_html_shows_the_gate_and_each_reason(run, summary):
 
 
 def test_html_of_a_run_that_came_to_nothing_still_is_a_page(run, summary):
-    page = Cells(report.html(run, summary | {"stages": [], "metrics": {}, "gate": None}, {}))
+    page = Cells(report.html(run, summary | {"stages": [], "metrics": {}, "gate": None, "approval": None}, {}))
     assert "quickstart" in page.text
 
 

@@ -258,20 +258,19 @@ def test_files_of_the_page_name_every_secret_once_generated():
     assert set(generated[1].replace("\\", "").split()) == placeholders()
 
 
-@needs_postgres
-def test_prefect_without_its_password_is_refused(production):
-    url = production.prefect_url + "/admin/version"
-    assert status(url, None) == 401
-    assert status(url, "admin:wrong") == 401
-    assert status(url, f"admin:{production.words['PREFECT_PASSWORD']}") == 200
+PASSWORDS = [
+    ("prefect_url", "/admin/version", "admin", "PREFECT_PASSWORD"),
+    ("mlflow_url", "/api/2.0/mlflow/experiments/get?experiment_id=0", "pipeline", "MLFLOW_PASSWORD"),
+]
 
 
 @needs_postgres
-def test_mlflow_without_its_password_is_refused(production):
-    url = production.mlflow_url + "/api/2.0/mlflow/experiments/get?experiment_id=0"
+@pytest.mark.parametrize(("server", "page", "user", "password"), PASSWORDS)
+def test_server_without_its_password_is_refused(production, server, page, user, password):
+    url = getattr(production, server) + page
     assert status(url, None) == 401
-    assert status(url, "pipeline:wrong") == 401
-    assert status(url, f"pipeline:{production.words['MLFLOW_PASSWORD']}") == 200
+    assert status(url, f"{user}:wrong") == 401
+    assert status(url, f"{user}:{production.words[password]}") == 200
 
 
 @needs_postgres

@@ -1,12 +1,13 @@
 """The quickstart on two tagged work pools of a real server, with real workers."""
 
 import json
+import re
 import sqlite3
 from pathlib import Path
 
 import pytest
 import yaml
-from real_server import PROJECT, Server
+from real_server import PROJECT, Server, is_alive, wait_until
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(900)]
 # Small: what is tested is where the stages run and what becomes known of them, not what they learn.
@@ -128,3 +129,77 @@ def test_worker_with_another_store_is_refused_before_it_trains(first, pools, tmp
     worker.wait()
     assert code == 4 and "POSTTRAIN_STORE" in summary["error"]
     assert not list((tmp_path / "elsewhere").glob("quickstart/*/sft/metrics.jsonl"))
+
+
+ASKED = [*PLACED, "gates.approval=true"]
+
+
+def start_and_wait_for_the_question(server: Server) -> dict:
+    """Start a run that asks, and return it once it is suspended and its process is gone."""
+    sets = [part for override in [*SMALL, *ASKED] for part in ("--set", override)]
+    started = server.posttrain("run", "quickstart", "--deployment", "manual", *sets)
+    assert started.returncode == 0, started.stderr
+    (name,) = re.findall(r"runs/flow-run/(\S+)", started.stdout)
+    wait_until(lambda: server.flow_run(name)["state_name"] == "Suspended", 120, lambda: server.flow_run(name))
+    processes = [path.parent / "process.json" for path in server.home.glob("quickstart/*/waiting")]
+    (file,) = [file for file in processes if name in file.read_text()]
+    process = json.loads(file.read_text())
+    wait_until(lambda: not is_alive(process["pid"]), 30)
+    return {"id": name, "folder": file.parent} | process
+
+
+def answer(server: Server, flow_run_id: str, **given: str) -> dict:
+    """Answer the form as the page does, and return the run at its end."""
+    assert server.api(f"/flow_runs/{flow_run_id}/resume", {"run_input": given})["status"] == "ACCEPT"
+    return wait_until(lambda: (run := server.flow_run(flow_run_id))["state_type"] in ("COMPLETED", "FAILED") and run, 120)
+
+
+def mlflow_of(server: Server, run_id: str) -> tuple[str, dict[str, str]]:
+    with sqlite3.connect(server.home / ".mlflow" / "mlflow.db") as database:
+        ((status,),) = database.execute("select status from runs where run_uuid = ?", [run_id])
+        return status, dict(database.execute("select key, value from tags where run_uuid = ?", [run_id]))
+
+
+def test_run_that_waits_for_approval_has_no_process_and_is_not_taken_for_dead(first, pools):
+    waiting = start_and_wait_for_the_question(pools)
+    assert "no run is dead" in pools.posttrain("sweep").stdout
+    assert json.loads((waiting["folder"] / "summary.json").read_text())["status"] == "waiting"
+    assert mlflow_of(pools, waiting["mlflow_run_id"])[0] == "RUNNING"
+    refused = pools.api(
+        f"/flow_runs/{waiting['id']}/resume", {"run_input": {"decision": "perhaps", "reviewer": "", "reason": "x"}}
+    )
+    assert refused["status"] == "REJECT"  # the form's own rules
+    pools.api(f"/flow_runs/{waiting['id']}/set_state", {"state": {"type": "CANCELLING"}})
+    wait_until(lambda: pools.flow_run(waiting["id"])["state_type"] == "CANCELLED", 30)
+    assert waiting["folder"].name in pools.posttrain("sweep").stdout
+    assert json.loads((waiting["folder"] / "summary.json").read_text())["exit_code"] == 130
+    assert mlflow_of(pools, waiting["mlflow_run_id"])[0] == "KILLED"
+
+
+def test_refused_release_fails_with_the_reviewers_reason_and_stays_refused(first, pools):
+    waiting = start_and_wait_for_the_question(pools)
+    ended = answer(pools, waiting["id"], decision="refuse", reviewer="Ada", reason="too polite")
+    summary = json.loads((waiting["folder"] / "summary.json").read_text())
+    assert (ended["state_type"], ended["labels"]["posttrain.exit_code"], summary["exit_code"]) == ("FAILED", 6, 6)
+    assert summary["approval"]["reviewer"] == "Ada" and "too polite" in summary["error"]
+    assert {stage["status"] for stage in summary["stages"]} == {"cached"} and len(summary["stages"]) == 11
+    status, tags = mlflow_of(pools, waiting["mlflow_run_id"])
+    assert (status, tags["approval"], tags["approval.by"], tags["approval.reason"]) == (
+        "FINISHED",
+        "refuse",
+        "Ada",
+        "too polite",
+    )
+    code, again, _ = run(pools, *ASKED)  # the same export: nobody is asked a second time
+    assert code == 6 and again["approval"]["run_id"] == summary["run_id"] and again["run_id"] != summary["run_id"]
+
+
+def test_approved_release_completes_and_its_approval_stands_for_the_same_export(first, pools):
+    pools.prefect("variable", "unset", f"posttrain-approval-{first['stages'][-1]['fingerprint']}")
+    waiting = start_and_wait_for_the_question(pools)
+    ended = answer(pools, waiting["id"], decision="approve", reviewer="Ada", reason="reads well")
+    assert (ended["state_type"], ended["labels"]["posttrain.exit_code"]) == ("COMPLETED", 0)
+    assert mlflow_of(pools, waiting["mlflow_run_id"])[0] == "FINISHED"
+    code, again, said = run(pools, *ASKED)
+    assert code == 0, said
+    assert again["approval"]["reason"] == "reads well"
