@@ -182,7 +182,7 @@ def _run_here(profile: str, overrides: list[str] | None) -> dict[str, Any]:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     from flows.post_training import post_training
 
-    state = post_training(profile, overrides, return_state=True)
+    state = post_training(profile, overrides or [], return_state=True)
     return state.result(raise_on_failure=not state.is_cancelled())
 
 

@@ -30,10 +30,11 @@ from tasks.watch import watched
 
 # the run form's list; only a server holds a run to it
 ProfileChoice = Annotated[str, Field(json_schema_extra={"enum": shipped()})]
+NO_OVERRIDES: list[str] = []  # None would make the form ask for the type first
 
 
 @flow(name="post-training", flow_run_name="{profile}", persist_result=False, log_prints=False)
-def post_training(profile: ProfileChoice, overrides: list[str] | None = None) -> dict[str, Any] | State:
+def post_training(profile: ProfileChoice, overrides: list[str] = NO_OVERRIDES) -> dict[str, Any] | State:
     """Take a profile to an export that vLLM serves, and return the run's summary.
 
     Args:
@@ -52,7 +53,7 @@ def post_training(profile: ProfileChoice, overrides: list[str] | None = None) ->
     return summary
 
 
-def new_run(profile: str, overrides: list[str] | None) -> PipelineRun:
+def new_run(profile: str, overrides: list[str]) -> PipelineRun:
     """Open a run of a profile that does not contradict itself; raises ProfileError before there is one."""
     loaded = load_profile(profile, overrides)
     check_profile(loaded)

@@ -27,7 +27,7 @@ def start(deployment: str, profile: str, overrides: list[str] | None) -> FlowRun
         raise MachineUnfit("--deployment needs a Prefect server: set PREFECT_API_URL (prefect config set PREFECT_API_URL=…).")
     name = deployment if "/" in deployment else f"post-training/{deployment}"
     try:
-        return run_deployment(name, parameters={"profile": profile, "overrides": overrides}, timeout=0, as_subflow=False)
+        return run_deployment(name, parameters={"profile": profile, "overrides": overrides or []}, timeout=0, as_subflow=False)
     except ObjectNotFound:
         raise ProfileError(
             f"--deployment is {deployment!r}: the server has no {name}. `prefect deployment ls` lists them."

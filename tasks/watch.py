@@ -13,10 +13,19 @@ import httpx
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import StateType
 from prefect.exceptions import ObjectNotFound
+from rich.console import Console
 
 POLL_SECONDS = 5.0
 CANCELLED = (StateType.CANCELLING, StateType.CANCELLED)
 DEAD = (StateType.CRASHED, StateType.FAILED)
+
+
+def go_on_unread(console: Console) -> None:
+    """Write no more: a worker that dies takes the reader of its runs' output with it, and rich would end the process then."""
+    console.quiet = True
+
+
+Console.on_broken_pipe = go_on_unread
 
 
 @contextmanager
