@@ -10,7 +10,7 @@ from typing import Any, Literal
 from prefect.exceptions import FlowPauseTimeout
 from prefect.flow_runs import pause_flow_run, suspend_flow_run
 from prefect.input import RunInput
-from prefect.runtime import flow_run
+from prefect.runtime import deployment
 from prefect.settings import PREFECT_UI_URL
 from prefect.variables import Variable
 from pydantic import Field
@@ -69,7 +69,7 @@ def ask(run: PipelineRun) -> Decision:
     write_report(run, summary)
     log.info("waiting for approval: `Resume` on %s", page)
     timeout = run.profile.gates.approval_timeout_seconds
-    if flow_run.deployment_id is None:
+    if deployment.id is None:
         return wait_here(run, form, timeout)
     (run.folder / WAITING).touch()
     return suspend_flow_run(form, timeout=timeout, key="approval")

@@ -18,7 +18,7 @@ from tasks.check_profile import check_profile, load_profile
 from tasks.errors import RunCancelled
 from tasks.evaluate_policy import evaluate_policy
 from tasks.export_vllm import export_vllm
-from tasks.interrupts import interrupts
+from tasks.interrupts import interrupts, suspension
 from tasks.merge_lora import merge_lora
 from tasks.pipeline_run import PipelineRun, open_pipeline_run, suspended_run
 from tasks.prepare_data import find_base_model, prepare_data
@@ -49,6 +49,8 @@ def post_training(profile: ProfileChoice, overrides: list[str] = NO_OVERRIDES) -
         with reported(run, summary), watched(flow_run.id, stop=run.stop):
             run_to_the_end(run)
     except (RunCancelled, *interrupts()) as error:
+        if isinstance(error.__cause__, suspension()):
+            raise error.__cause__ from None
         return Cancelled(message=str(error) or "the run was interrupted between two jobs", data=summary)
     return summary
 
@@ -68,6 +70,11 @@ def run_to_the_end(run: PipelineRun) -> None:
             run_stages(run)
         if run.profile.gates.approval:
             require_approval(run)
+    except suspension() as pause:
+        run.stop.set()
+        if run.was_suspended:
+            raise
+        raise RunCancelled("someone suspended the run; resumed, it opens a new one, which goes on from the store") from pause
     except BaseException:
         run.stop.set()
         raise

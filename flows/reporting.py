@@ -26,7 +26,7 @@ log = logging.getLogger("posttrain")
 
 @contextmanager
 def reported(run: PipelineRun, summary: dict[str, Any]) -> Iterator[None]:
-    """Fill and publish `summary` when the block ends, however it ends; a suspended run's process only ends, not the run."""
+    """Fill and publish `summary` when the block ends, however it ends; the process of a run that waits may end, not the run."""
     error: BaseException | None = None
     try:
         with mlflow_runs.closing(run.mlflow_run_id):
