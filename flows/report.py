@@ -51,8 +51,8 @@ def markdown(run: PipelineRun, summary: dict[str, Any], plots: dict[str, str]) -
     if summary["gate"]:
         lines += ["**gate** " + ("passed" if summary["gate"]["passed"] else "failed: " + "; ".join(summary["gate"]["reasons"]))]
     lines += ["", f"**release** {approval_text(summary['approval'])}"] if summary["approval"] else []
-    images = [f"![{stage}](data:image/png;base64,{png})" for stage, png in plots.items()]
-    return "\n".join([*lines, "", *images])
+    images = [f"\n**{stage}**\n\n![{stage}](data:image/png;base64,{png})" for stage, png in plots.items()]
+    return "\n".join([*lines, *images])
 
 
 def stage_cells(record: dict[str, Any]) -> list[str]:
