@@ -3,7 +3,8 @@
     .venv/bin/python benchmarks/overhead.py --rounds 3                 inline
     PREFECT_API_URL=… .venv/bin/python benchmarks/overhead.py --pool   through the pool `cpu`, whose worker polls every second
 
-Each round trains the quickstart anew (another seed), then runs each of its jobs bare, from the same job.json, on this machine.
+Each round trains the quickstart anew (another seed; no reward model, so that one job runs at a time; its gate ends it before the
+merge), then runs each of its jobs bare, twice, from the same job.json, on this machine. The quicker of the two counts.
 """
 
 import argparse
@@ -17,8 +18,9 @@ import time
 from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parents[1]
-STAGES = ("sft", "reward_model", "evaluate", "merge")
-SMALL = ("recipe.sft.args.max_steps=60", "recipe.policy.args.max_steps=2", "gates.better_than=[]", "recipe.export.num_probes=2")
+STAGES = ("sft", "grpo", "evaluate")
+SMALL = ("recipe.sft.args.max_steps=60", "recipe.policy.args.max_steps=2", "gates.accuracy_min=1.0")
+ALONE = ("recipe.reward_model=null", "recipe.policy.reward_functions=[{name: near_answer}]")
 
 
 def main() -> None:
@@ -31,7 +33,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as home:
         for number in range(asked.rounds):
             for stage, seconds, job in run(Path(home), seed=100 + number, pool=asked.pool):
-                bare = run_bare(job)
+                bare = min(run_bare(job), run_bare(job))
                 extra[stage].append(seconds - bare)
                 ratio[stage].append(seconds / bare)
     print(f"{'stage':14} {'extra seconds, median':>22} {'least':>7} {'most':>7} {'ratio, median':>14}")
@@ -42,11 +44,11 @@ def main() -> None:
 
 def run(home: Path, seed: int, pool: bool) -> list[tuple[str, float, Path]]:
     """Run the small quickstart; return each stage's seconds and its job.json."""
-    sets = [f"recipe.seed={seed}", *SMALL, *(["placement.default.tags=[cpu]"] if pool else [])]
+    sets = [f"recipe.seed={seed}", *SMALL, *ALONE, *(["placement.default.tags=[cpu]"] if pool else [])]
     command = [sys.executable, "-P", "-m", "flows.cli", "run", "quickstart", "--json"]
     command += [part for setting in sets for part in ("--set", setting)]
     env = os.environ if pool else os.environ | {"POSTTRAIN_HOME": str(home)}
-    done = subprocess.run(command, cwd=PROJECT, env=env, stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(command, cwd=PROJECT, env=env, stdout=subprocess.PIPE, text=True)
     summary = json.loads(done.stdout)
     folder = Path(summary["report"]).parent
     return [(s["stage"], s["seconds"], folder / s["stage"] / "job.json") for s in summary["stages"] if s["stage"] in STAGES]

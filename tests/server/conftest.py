@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 import pytest
+from real_s3 import s3_server
 from real_server import Server, free_port
 
 
@@ -17,3 +18,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield server
     finally:
         server.stop()
+
+
+@pytest.fixture(scope="module")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """An S3 server; returns the environment variables by which any AWS client finds it."""
+    with s3_server(tmp_path_factory.mktemp("s3")) as client:
+        yield client

@@ -1,4 +1,7 @@
-"""The quickstart on two tagged work pools of a real server, with real workers."""
+"""The quickstart on two tagged work pools of a real server, with real workers, and a bucket between two machines.
+
+The worker of `left` shares the run's disk; that of `right` has a home folder of its own, and with the run only the bucket.
+"""
 
 import json
 import re
@@ -18,8 +21,13 @@ ON_POOLS = ["sft", "reward_model", "grpo", "evaluate", "merge", "export", "prepa
 
 
 @pytest.fixture(scope="module")
-def pools(server: Server, tmp_path_factory) -> Server:
+def pools(server: Server, s3: dict[str, str], tmp_path_factory) -> Server:
     """Two pools, `left` and `right`, each with a slot and a worker, beside the shipped orchestrator."""
+    import s3fs
+
+    client = {"key": s3["AWS_ACCESS_KEY_ID"], "secret": s3["AWS_SECRET_ACCESS_KEY"], "endpoint_url": s3["AWS_ENDPOINT_URL"]}
+    s3fs.S3FileSystem(**client).mkdir("artifacts")
+    server.env |= s3 | {"POSTTRAIN_STORE": "s3://artifacts/posttrain"}
     content = yaml.safe_load((PROJECT / "prefect.yaml").read_text())
     variables = {"working_dir": str(PROJECT), "env": content["definitions"]["variables"]["env"]}
     slot = {"type": "process", "concurrency_limit": 1}
@@ -33,15 +41,15 @@ def pools(server: Server, tmp_path_factory) -> Server:
     (folder / "prefect.yaml").write_text(yaml.safe_dump(content))
     assert server.posttrain("pools", "--file", str(folder / "prefect.yaml")).returncode == 0
     server.prefect("deploy", "--all", cwd=folder)
-    for pool in ("orchestrator", "left", "right"):
-        server.worker(pool)
+    for pool, home in (("orchestrator", server.home), ("left", server.home), ("right", server.folder / "machine")):
+        server.worker(pool, POSTTRAIN_HOME=str(home))
     return server
 
 
-def run(server: Server, *overrides: str) -> tuple[int, dict, str]:
-    """Run the quickstart through the deployment `ci`; return the exit code, its summary and what was printed."""
+def run(server: Server, *overrides: str, deployment: str = "ci") -> tuple[int, dict, str]:
+    """Run the quickstart through a deployment; return the exit code, its summary and what was printed."""
     sets = [part for override in [*SMALL, *overrides] for part in ("--set", override)]
-    done = server.posttrain("run", "quickstart", "--deployment", "ci", "--wait", *sets)
+    done = server.posttrain("run", "quickstart", "--deployment", deployment, "--wait", *sets)
     summaries = sorted((server.home / "quickstart").glob("*/summary.json"))
     return done.returncode, json.loads(summaries[-1].read_text()) if summaries else {}, done.stdout + done.stderr
 
@@ -78,12 +86,21 @@ def test_stages_that_do_not_depend_on_each_other_run_at_the_same_time(first, poo
     assert max(sft_start, rm_start) < min(sft_end, rm_end)
 
 
-def test_curves_of_a_job_on_a_pool_are_in_mlflow(first, pools):
-    sft = next(stage for stage in first["stages"] if stage["stage"] == "sft")
+@pytest.mark.parametrize(("name", "last"), [("sft", 60), ("reward_model", 40)])
+def test_curves_of_a_job_on_a_pool_are_in_mlflow(name, last, first, pools):
+    """On this machine, and on another one, from where they come through the bucket."""
+    stage = next(stage for stage in first["stages"] if stage["stage"] == name)
     with sqlite3.connect(pools.home / ".mlflow" / "mlflow.db") as database:
         query = "select step from metrics where run_uuid = ? and key = 'loss' order by step"
-        steps = [step for (step,) in database.execute(query, [sft["mlflow_run_id"]])]
-    assert steps == list(range(4, 61, 4))  # 60 steps, and the profile logs every fourth
+        steps = [step for (step,) in database.execute(query, [stage["mlflow_run_id"]])]
+    assert steps == list(range(4, last + 1, 4))  # the profile logs every fourth
+
+
+def test_other_machine_has_its_job_and_its_inputs_and_no_more(first, pools):
+    other = pools.folder / "machine"
+    assert {path.name for path in other.glob("quickstart/*/*")} & {"sft", "reward_model"} == {"reward_model"}
+    assert (Path(first["report"]).parent / "reward_model" / "log.txt").is_file()  # brought to the run's own folder
+    assert not (other / ".mlflow").exists()
 
 
 def test_job_is_a_subflow_of_the_run_with_its_tags_and_its_log(first, pools):
@@ -105,6 +122,23 @@ def test_run_again_sends_nothing_to_any_pool(first, pools):
         task["state"]["name"] for task in pools.api("/task_runs/filter", {"sort": "EXPECTED_START_TIME_DESC", "limit": 11})
     }
     assert states == {"Cached"}
+
+
+def test_nightly_run_costs_nothing_while_its_rows_are_the_same_and_trains_when_one_is_new(first, pools, tmp_path):
+    prepared = Path(next(stage["artifact"] for stage in first["stages"] if stage["stage"] == "prepare"))
+    rows = tmp_path / "rows.jsonl"
+    rows.write_bytes((prepared / "prompts.jsonl").read_bytes())
+    data = f"recipe.datasets.prompts={{path: {rows}, kind: prompt_only}}"
+    code, same, said = run(pools, *PLACED, data, deployment="nightly")
+    assert code == 0, said
+    assert {stage["status"] for stage in same["stages"]} == {"cached"}
+    with rows.open("a") as file:
+        file.write('{"prompt": [{"role": "user", "content": "Sort: 90817263"}], "answer": "01236789"}\n')
+    # the gate that nobody passes ends it before merge and export
+    code, changed, said = run(pools, *PLACED, data, "gates.accuracy_min=1.0", deployment="nightly")
+    status = {stage["stage"]: stage["status"] for stage in changed["stages"]}
+    assert code == 6, said
+    assert (status["sft"], status["validate-prompts"], status["grpo"], status["evaluate"]) == ("cached", "ran", "ran", "ran")
 
 
 def test_same_recipe_placed_here_is_the_same_artifact(first, pools):
@@ -203,3 +237,26 @@ def test_approved_release_completes_and_its_approval_stands_for_the_same_export(
     code, again, said = run(pools, *ASKED)
     assert code == 0, said
     assert again["approval"]["reason"] == "reads well"
+
+
+def test_run_suspended_on_its_page_ends_after_its_stage_and_goes_on_from_the_store(first, pools):
+    """Prefect lets running tasks end, and then the process: what they made is not made again."""
+    known = set(pools.home.glob("quickstart/*"))
+    sets = [part for override in [*SMALL, *PLACED, "recipe.sft.args.max_steps=62"] for part in ("--set", override)]
+    assert pools.posttrain("run", "quickstart", "--deployment", "manual", *sets).returncode == 0
+
+    def folders() -> list[Path]:
+        return sorted(set(pools.home.glob("quickstart/*")) - known)
+
+    wait_until(lambda: folders() and (folders()[0] / "sft" / "metrics.jsonl").is_file(), 90)
+    process = json.loads((folders()[0] / "process.json").read_text())
+    pools.api(f"/flow_runs/{process['flow_run_id']}/set_state", {"state": {"type": "PAUSED", "name": "Suspended"}})
+    wait_until(lambda: (folders()[0] / "closed").is_file() and not is_alive(process["pid"]), 90)
+    assert pools.flow_run(process["flow_run_id"])["state_name"] == "Suspended"
+    assert mlflow_of(pools, process["mlflow_run_id"])[0] == "KILLED"
+    assert "no run is dead" in pools.posttrain("sweep").stdout
+    assert pools.api(f"/flow_runs/{process['flow_run_id']}/resume", {})["status"] == "ACCEPT"
+    (done,) = wait_until(lambda: len(folders()) == 2 and list(folders()[1].glob("stages/*-sft.json")), 90)
+    assert json.loads(done.read_text())["status"] == "cached"
+    pools.api(f"/flow_runs/{process['flow_run_id']}/set_state", {"state": {"type": "CANCELLING"}})
+    wait_until(lambda: pools.flow_run(process["flow_run_id"])["state_type"] == "CANCELLED", 60)

@@ -1,79 +1,34 @@
 """The store on a real S3 server: SeaweedFS, one process, on ports of 127.0.0.1. Machines are folders, or other processes."""
 
-import json
 import os
-import socket
 import subprocess
 import sys
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from real_server import answers, wait_until
+from real_s3 import CREDENTIALS
+from real_server import free_port
 
 from tasks.artifacts import MANIFEST, Artifact, Store
 from tasks.errors import JobFailed, MachineUnfit
-from tasks.guard import guarded
 from tasks.remote_store import RemoteStore
 
 PROJECT = Path(__file__).resolve().parents[2]
 BUCKET = "artifacts"
 KEY = "0123456789ab"
 FILES = {"adapter.safetensors": "weights", "sub/deep/a b #1.json": "{}", "sub/empty": ""}
-PARTS = ("master", "volume", "filer", "s3")
-CREDENTIALS = {"AWS_ACCESS_KEY_ID": "test-key", "AWS_SECRET_ACCESS_KEY": "test-secret"}
 pytestmark = [pytest.mark.server, pytest.mark.timeout(120)]
 
 
-def free_ports(count: int) -> list[int]:
-    probes = [socket.socket() for _ in range(count)]
-    for probe in probes:
-        probe.bind(("127.0.0.1", 0))
-    ports = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports
-
-
-@pytest.fixture(scope="module")
-def endpoint(tmp_path_factory) -> Iterator[str]:
-    """A SeaweedFS server that knows one user and makes no bucket by itself; its process tree ends with the fixture."""
-    folder = tmp_path_factory.mktemp("s3")
-    user = {"accessKey": CREDENTIALS["AWS_ACCESS_KEY_ID"], "secretKey": CREDENTIALS["AWS_SECRET_ACCESS_KEY"]}
-    identities = [{"name": "test", "credentials": [user], "actions": ["Admin"]}]
-    (folder / "users.json").write_text(json.dumps({"identities": identities}))
-    ports = free_ports(2 * len(PARTS))
-    names = [f"{part}.port{kind}" for part in PARTS for kind in ("", ".grpc")]
-    command = [
-        str(Path(sys.executable).parent / "weed"), "server", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-dir={folder}", "-s3",
-        "-filer", f"-s3.config={folder / 'users.json'}", "-s3.autoCreateBucket=false", "-s3.port.iceberg=0",
-        "-s3.port.lance=0", "-master.telemetry=false", "-master.volumeSizeLimitMB=64", "-volume.max=100",
-        *[f"-{name}={port}" for name, port in zip(names, ports, strict=True)],
-    ]  # fmt: skip
-    with (folder / "server.log").open("wb") as log:
-        process = subprocess.Popen(
-            guarded(command, 1), stdin=subprocess.PIPE, stdout=log, stderr=log, cwd=folder, start_new_session=True
-        )
-    url = f"http://127.0.0.1:{ports[names.index('s3.port')]}"
-    wait_until(lambda: answers(f"{url}/healthz"), 60, (folder / "server.log").read_text)
-    yield url
-    process.stdin.close()
-    process.wait()
-    for port in ports:  # it names its sockets by its ports, and a killed one leaves them
-        for path in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
-            path.unlink()
-
-
 @pytest.fixture
-def aws(endpoint, monkeypatch):
+def aws(s3, monkeypatch):
     """This process and its children as clients of the server, with the environment variables that any AWS client reads."""
     import s3fs
 
-    nothing = {"AWS_EC2_METADATA_DISABLED": "true", "AWS_CONFIG_FILE": "/dev/null", "AWS_SHARED_CREDENTIALS_FILE": "/dev/null"}
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
-    for name, value in (CREDENTIALS | nothing | {"AWS_ENDPOINT_URL": endpoint, "AWS_MAX_ATTEMPTS": "1"}).items():
+    for name, value in (s3 | {"AWS_MAX_ATTEMPTS": "1"}).items():
         monkeypatch.setenv(name, value)
     s3fs.S3FileSystem.clear_instance_cache()
     yield monkeypatch
@@ -295,7 +250,7 @@ def test_bucket_that_does_not_exist_is_refused_and_not_made(bucket, tmp_path):
 
 
 def test_server_that_does_not_answer_is_refused_and_the_build_is_kept_here(url, aws, tmp_path):
-    aws.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_ports(1)[0]}")
+    aws.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
     assert_unusable(url, tmp_path)
     with pytest.raises(MachineUnfit) as refused:
         build(Store(tmp_path / "one", RemoteStore(url)))
@@ -318,7 +273,7 @@ def test_credentials_that_are_missing_are_refused(url, aws, tmp_path):
 def test_work_files_without_a_server_cost_a_warning_and_nothing_else(url, aws, tmp_path, caplog):
     remote, path = RemoteStore(url), tmp_path / "log.txt"
     path.write_text("one\n")
-    aws.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_ports(1)[0]}")
+    aws.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
     remote.put_work("p/r/sft", path)
     remote.get_work("p/r/sft", path)
     assert path.read_text() == "one\n"
