@@ -156,7 +156,7 @@ def test_failing_job_on_a_pool_exits_with_its_own_code_and_cause_everywhere(firs
 
 
 def test_worker_with_another_store_is_refused_before_it_trains(first, pools, tmp_path):
-    worker = pools.worker("away", POSTTRAIN_HOME=str(tmp_path / "elsewhere"))
+    worker = pools.worker("away", POSTTRAIN_HOME=str(tmp_path / "elsewhere"), POSTTRAIN_STORE="")
     override = ["placement.default.tags=[away]", "recipe.sft.args.learning_rate=0.0013"]
     code, summary, _ = run(pools, *override)
     worker.stdin.close()
