@@ -3,8 +3,8 @@
     .venv/bin/python benchmarks/overhead.py --rounds 3                 inline
     PREFECT_API_URL=… .venv/bin/python benchmarks/overhead.py --pool   through the pool `cpu`, whose worker polls every second
 
-Each round trains the quickstart anew: another seed, no reward model, so that one job runs at a time, and a gate that ends it before
-the merge. Then it runs each of its jobs bare, twice, from the same job.json, on this machine. The quicker of the two counts.
+Each round trains the quickstart anew: another seed, no reward model, so that one job runs at a time, and a gate that ends it
+before the merge. Then it runs each of its jobs bare, twice, from the same job.json, here. The quicker of the two counts.
 """
 
 import argparse
