@@ -4,10 +4,10 @@ import contextvars
 import logging
 import queue
 import threading
+import time
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-from prefect.exceptions import FlowPauseTimeout
 from prefect.flow_runs import pause_flow_run, suspend_flow_run
 from prefect.input import RunInput
 from prefect.runtime import deployment
@@ -22,6 +22,7 @@ from tasks.monitoring import mlflow_runs
 from tasks.pipeline_run import WAITING, PipelineRun, write_json
 
 POLL_SECONDS = 2
+GRACE_SECONDS = 3600  # once Prefect's own timeout is over, it overrules what the run says of itself
 UNANSWERED = "nobody approved the release within gates.approval_timeout_seconds; run it again to ask again."
 LOCAL_UI = "http://127.0.0.1:4200"
 log = logging.getLogger("posttrain")
@@ -81,18 +82,19 @@ def wait_here(run: PipelineRun, form: type[Decision], timeout: int) -> Decision:
 
     def listen() -> None:
         try:
-            answers.put(pause_flow_run(form, timeout=timeout, poll_interval=POLL_SECONDS, key="approval"))
+            answers.put(pause_flow_run(form, timeout=timeout + GRACE_SECONDS, poll_interval=POLL_SECONDS, key="approval"))
         except BaseException as error:
             answers.put(error)
 
     threading.Thread(target=contextvars.copy_context().run, args=(listen,), daemon=True).start()
+    end = time.monotonic() + timeout
     while not run.stop.is_set():
         try:
             answer = answers.get(timeout=POLL_SECONDS)
         except queue.Empty:
+            if time.monotonic() > end:
+                raise GateFailed(UNANSWERED) from None
             continue
-        if isinstance(answer, FlowPauseTimeout):
-            raise GateFailed(UNANSWERED) from None
         if isinstance(answer, BaseException):
             raise answer
         return answer
