@@ -16,8 +16,9 @@ from data_contracts.kinds import KINDS
 from data_contracts.suite import ContractInvalid
 from data_contracts.verdict import Verdict
 
-__all__ = ["Contract", "ContractInvalid", "contract_for", "judge", "judge_by", "read_contract"]
+__all__ = ["Contract", "ContractInvalid", "contract_for", "judge", "judge_by", "offending_rows", "read_contract"]
 
+QUARANTINE = "quarantine_ratio_max"
 _FOLDER = Path(__file__).parent
 _KEYS = {"type", "kwargs", "meta", "severity", "notes"}
 _VALUE = re.compile(r"(?:(1) ([-/]) )?\$(\w+)")  # $limit, 1 - $limit, 1 / $limit
@@ -34,18 +35,23 @@ class Contract:
     limits: dict[str, float]
     expectations: tuple[dict, ...]  # as the file spells them, `$limit` unresolved
     loosened: tuple[str, ...] = ()
+    quarantine_ratio_max: float = 0.0  # share of the rows that may be set aside so that the rest trains; 0: none
 
     def with_limits(self, limits: Mapping[str, float]) -> "Contract":
         """Return this contract with some limits set. Needs no Great Expectations: a profile can be checked by it."""
+        limits = dict(limits)
+        share = limits.pop(QUARANTINE, 0.0)
+        if why := _not_a_limit(QUARANTINE, share):
+            raise ContractInvalid(f"{self.kind} limit {QUARANTINE} is {share!r}: {why}")
         for name, value in limits.items():
             self._refuse_limit(name, value)
         wider = [name for name, value in limits.items() if _is_wider(name, value, self.limits[name])]
         loosened = tuple(f"{name} {self.limits[name]} → {limits[name]}" for name in wider)
-        return replace(self, limits=self.limits | dict(limits), loosened=loosened)
+        return replace(self, limits=self.limits | limits, loosened=loosened, quarantine_ratio_max=share)
 
     def _refuse_limit(self, name: str, value: object) -> None:
         if name not in self.limits:
-            near = difflib.get_close_matches(name, self.limits, n=3, cutoff=0.4) or sorted(self.limits)
+            near = difflib.get_close_matches(name, [*self.limits, QUARANTINE], n=3, cutoff=0.4) or sorted(self.limits)
             raise ContractInvalid(f"the {self.kind} contract has no limit {name!r}. Nearest: {', '.join(near)}")
         if why := _not_a_limit(name, value):
             raise ContractInvalid(f"{self.kind} limit {name} is {value!r}: {why}")
@@ -77,6 +83,13 @@ def judge_by(facts: pd.DataFrame, contract: Contract) -> Verdict:
         loosened=contract.loosened,
         gx_result=gx_result,
     )
+
+
+def offending_rows(facts: pd.DataFrame, contract: Contract, verdict: Verdict) -> dict[int, list[str]]:
+    """Return the rows that block: the number of each in its source, and the rules that do not hold for it."""
+    blocking = {result.rule for result in verdict.failures() if result.status == "FAIL" and result.unexpected_count}
+    rules = [rule for rule in contract.resolved() if rule["meta"]["rule"] in blocking]
+    return suite.offending_rows(rules, facts, contract.kind) if rules else {}
 
 
 def contract_for(kind: str) -> Contract:

@@ -23,6 +23,15 @@ _PROBLEMS_MAX = 1000  # kept in the exception; the count goes on
 _CHUNK_ROWS = 10_000
 
 
+@dataclass(frozen=True)
+class SetAside:
+    """A row that does not train: its 1-based line, every reason, and the row itself as far as it could be read."""
+
+    line: int
+    reasons: tuple[str, ...]
+    value: object
+
+
 class RowsRefused(ValueError):
     """Rows are not of their kind. `problems` has (1-based line, reason) of the first 1000 of `total` bad rows."""
 
@@ -54,24 +63,27 @@ def read_rows(
     columns: Mapping[str, str] | None = None,
     start: int = 0,
     stop: int | None = None,
+    set_aside: list[SetAside] | None = None,
+    keep_rest: bool = False,
 ) -> pa.Table:
     """Return rows `start` up to `stop` as a table of TRL's columns plus `row`, the row's 0-based number in the source.
 
     `columns` maps the kind's column names to the source's; the source's other columns are then left, because it says so.
     Nothing is coerced, dropped or filled in. Raises RowsRefused with the line and the reason of each row that is not
-    exactly of its kind; ValueError for a kind, layout or range that does not exist.
+    exactly of its kind; ValueError for a kind, layout or range that does not exist. Bad rows are put into `set_aside`, the
+    first 1000 of them; with `keep_rest` all of them, and only a source with no good row is refused.
     """
     asked = kind_of(kind)
     check_layout(layout, asked)
     if start < 0 or (stop is not None and stop <= start):
         raise ValueError(f"rows {start}:{stop} are none. Give 0 <= start < stop")
-    reading = _Reading(asked, layout, dict(columns or {}))
+    reading = _Reading(asked, layout, dict(columns or {}), [] if set_aside is None else set_aside, keep_rest)
     try:
         for raw in raw_rows(Path(source), start, stop):
             reading.take(raw.number, raw.value, raw.problem, raw.where)
     except Unreadable as error:
         raise RowsRefused(source, kind, [(error.line, error.reason)], 1) from error
-    if reading.total:
+    if reading.total and not (keep_rest and reading.num_rows):
         raise RowsRefused(
             source,
             kind,
@@ -90,7 +102,9 @@ class _Reading:
 
     kind: Kind
     layout: str
-    columns: dict[str, str] = field(default_factory=dict)
+    columns: dict[str, str]
+    set_aside: list[SetAside]
+    keep_rest: bool
     form: Form | None = None
     extras: dict[str, type] = field(default_factory=dict)
     settled_by: int = 0  # 1-based line of the first good row
@@ -112,7 +126,9 @@ class _Reading:
             self.total += 1
             if len(self.problems) < _PROBLEMS_MAX:
                 self.problems.append((number + 1, where + problem))
-        elif not self.total:  # after the first problem the rest is read only for its problems
+            if self.keep_rest or len(self.set_aside) < _PROBLEMS_MAX:
+                self.set_aside.append(SetAside(number + 1, (where + problem,), value))
+        elif not self.total or self.keep_rest:  # else the rest is read only for its problems
             self._keep({"row": number, **row})
 
     def _checked(self, value: object, line: int) -> dict:

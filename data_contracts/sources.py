@@ -1,7 +1,8 @@
-"""Raw rows out of .jsonl, .json and .parquet, untouched, each numbered from 0, or the reason why not."""
+"""Raw rows out of .jsonl, .json, .parquet, .arrow and what `datasets` saves: untouched, numbered from 0, or why not."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 KIND_METADATA = b"posttrain.kind"  # marks the Parquet that `rows.read_rows` made: its `row` column is ours
-SUFFIXES = (".jsonl", ".json", ".parquet")
+SUFFIXES = (".jsonl", ".json", ".parquet", ".arrow")
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,11 @@ def _files_of(source: Path) -> list[Path]:
 
 
 def _files_in(folder: Path) -> list[Path]:
+    if (folder / "dataset_dict.json").is_file():
+        splits = json.loads((folder / "dataset_dict.json").read_text()).get("splits", [])
+        raise Unreadable(f"the folder holds a DatasetDict. Name the folder of one split: {', '.join(splits)}")
+    if (folder / "state.json").is_file():  # `Dataset.save_to_disk`, which names its files in their order
+        return [folder / data["filename"] for data in json.loads((folder / "state.json").read_text())["_data_files"]]
     files = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES and path.name[0] not in "._")
     suffixes = sorted({path.suffix for path in files})
     if not files:
@@ -158,18 +164,48 @@ def _json_name(value: object) -> str:
 
 
 def _parquet(file: Path) -> Iterator[tuple[int, object, str | None]]:
-    try:
+    with _named(file, "Parquet"):
         table = pq.ParquetFile(file)
         _refuse_empty(table.metadata.num_rows, file)
         ours = KIND_METADATA in (table.schema_arrow.metadata or {})
         columns = [name for name in table.schema_arrow.names if not (ours and name == "row")]
-        number = 0
-        for batch in table.iter_batches(batch_size=2000, columns=columns):
-            for value in batch.to_pylist():
-                yield number, value, None
-                number += 1
+        yield from _of_batches(table.iter_batches(batch_size=2000, columns=columns))
+
+
+def _arrow(file: Path) -> Iterator[tuple[int, object, str | None]]:
+    """Read Arrow's stream format, which `datasets` writes, or its file format."""
+    number = -1
+    with _named(file, "Arrow"), pa.memory_map(str(file)) as source:
+        for number, value, problem in _of_batches(_arrow_batches(source)):
+            yield number, value, problem
+    _refuse_empty(number + 1, file)
+
+
+def _arrow_batches(source: pa.NativeFile) -> Iterator[pa.RecordBatch]:
+    try:
+        stream = pa.ipc.open_stream(source)
+    except pa.ArrowInvalid:
+        source.seek(0)
+        reader = pa.ipc.open_file(source)
+        stream = (reader.get_batch(number) for number in range(reader.num_record_batches))
+    for batch in stream:
+        yield from (batch.slice(start, 2000) for start in range(0, batch.num_rows, 2000))
+
+
+def _of_batches(batches: Iterable[pa.RecordBatch]) -> Iterator[tuple[int, object, str | None]]:
+    number = 0
+    for batch in batches:
+        for value in batch.to_pylist():
+            yield number, value, None
+            number += 1
+
+
+@contextmanager
+def _named(file: Path, form: str) -> Iterator[None]:
+    try:
+        yield
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise Unreadable(f"{file.name} is no readable Parquet file: {str(error).splitlines()[0][:200]}") from error
+        raise Unreadable(f"{file.name} is no readable {form} file: {str(error).splitlines()[0][:200]}") from error
 
 
 def _refuse_empty(size: int, file: Path) -> None:
@@ -177,4 +213,4 @@ def _refuse_empty(size: int, file: Path) -> None:
         raise Unreadable(f"{file.name} is empty: nothing would be trained, and an empty set passes every other rule")
 
 
-_READERS = {".jsonl": _json_lines, ".json": _json_array, ".parquet": _parquet}
+_READERS = {".jsonl": _json_lines, ".json": _json_array, ".parquet": _parquet, ".arrow": _arrow}

@@ -10,6 +10,7 @@ import difflib
 import json
 import logging
 import threading
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -18,14 +19,14 @@ import pandas as pd
 from data_contracts.verdict import RuleResult
 
 _ROWS_SHOWN = 5
-_RESULT_FORMAT = {
-    "result_format": "SUMMARY",  # BOOLEAN_ONLY could not be told from an error
+_RESULT_FORMAT = {  # with SUMMARY, or COMPLETE for every row; BOOLEAN_ONLY could not be told from an error
     "unexpected_index_column_names": ["row"],
     "partial_unexpected_count": _ROWS_SHOWN,
 }
 # GX keeps its current context in one slot per process and promises nothing to threads, and `_quiet` sets a level for all of
 # them. Without this lock 20 judgements in 6 threads still went well; it costs a second of waiting.
 _GX_CONTEXT = threading.Lock()
+_CHATTY = ("great_expectations", "great_expectations.data_context.types.base")  # the second has a level of its own
 
 
 class ContractInvalid(ValueError):
@@ -34,22 +35,41 @@ class ContractInvalid(ValueError):
 
 def run(expectations: list[dict], facts: pd.DataFrame, name: str) -> tuple[list[RuleResult], dict]:
     """Return one result per expectation, in their order, and GX's own result ready for JSON."""
+    raw = _judged(expectations, facts, name, "SUMMARY")
+    by_rule = {result.expectation_config.meta["rule"]: result for result in raw.results}
+    results = [_result(expectation, by_rule[expectation["meta"]["rule"]], len(facts)) for expectation in expectations]
+    return results, _plain_json(raw.to_json_dict())
+
+
+def offending_rows(expectations: list[dict], facts: pd.DataFrame, name: str) -> dict[int, list[str]]:
+    """Return every row that some of these rules does not hold for: its number, and the rules.
+
+    A rule about the whole set (a count, a minimum) names no row.
+    """
+    rows: dict[int, list[str]] = defaultdict(list)
+    for result in _judged(expectations, facts, name, "COMPLETE").results:
+        for found in (result.result or {}).get("unexpected_index_list") or []:
+            rows[int(found["row"])].append(result.expectation_config.meta["rule"])
+    return dict(rows)
+
+
+def _judged(expectations: list[dict], facts: pd.DataFrame, name: str, detail: str):
+    """Return GX's result, which has every rule that went in."""
     if not expectations:
         raise ContractInvalid(f"contract {name} has no expectations, and an empty suite passes everything")
     import great_expectations as gx  # here and not above: 5 s and 260 MB that only a judgement pays
 
     with _GX_CONTEXT, _quiet():  # after the import, which sets the level of GX's logger itself
-        raw = _validate(gx, expectations, facts, name)
-    by_rule = {result.expectation_config.meta["rule"]: result for result in raw.results}
+        raw = _validate(gx, expectations, facts, name, detail)
+    judged = {result.expectation_config.meta["rule"] for result in raw.results}
     asked = [expectation["meta"]["rule"] for expectation in expectations]
-    if len(raw.results) != len(asked) or set(by_rule) != set(asked):
-        lost = sorted(set(asked) - set(by_rule))
+    if len(raw.results) != len(asked) or judged != set(asked):
+        lost = sorted(set(asked) - judged)
         raise ContractInvalid(f"contract {name}: {len(asked)} rules went in and {len(raw.results)} came back; lost {lost}")
-    results = [_result(expectation, by_rule[expectation["meta"]["rule"]], len(facts)) for expectation in expectations]
-    return results, _plain_json(raw.to_json_dict())
+    return raw
 
 
-def _validate(gx, expectations: list[dict], facts: pd.DataFrame, name: str):
+def _validate(gx, expectations: list[dict], facts: pd.DataFrame, name: str, detail: str):
     """Return GX's result of all expectations on the facts, in a context that leaves nothing on disk."""
     context = gx.get_context(mode="ephemeral")
     context.variables.progress_bars = {"globally": False}
@@ -59,7 +79,7 @@ def _validate(gx, expectations: list[dict], facts: pd.DataFrame, name: str):
     asset = context.data_sources.add_pandas("facts").add_dataframe_asset("facts")
     batch = asset.add_batch_definition_whole_dataframe("facts")
     validation = context.validation_definitions.add(gx.ValidationDefinition(name=name, data=batch, suite=suite))
-    return validation.run(batch_parameters={"dataframe": facts}, result_format=_RESULT_FORMAT)
+    return validation.run(batch_parameters={"dataframe": facts}, result_format=_RESULT_FORMAT | {"result_format": detail})
 
 
 def _refuse_dropped(gx, expectation: dict, name: str) -> None:
@@ -86,13 +106,14 @@ def _nearest(kind: str) -> str:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep GX's log lines out of the run's log: what they say is raised here."""
-    logger = logging.getLogger("great_expectations")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
+    levels = {logger: logger.level for logger in map(logging.getLogger, _CHATTY)}
+    for logger in levels:
+        logger.setLevel(logging.CRITICAL)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        for logger, level in levels.items():
+            logger.setLevel(level)
 
 
 def _result(expectation: dict, raw, n_rows: int) -> RuleResult:

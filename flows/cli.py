@@ -81,12 +81,12 @@ def validate(
     data: Annotated[Path | None, typer.Option(help="one file or folder, instead of a profile")] = None,
     layout: Annotated[str, typer.Option(help="trl, sharegpt or alpaca, with --data")] = "trl",
 ) -> None:
-    """Hold datasets to their contracts; nothing is trained, nothing is written."""
+    """Hold datasets to their contracts; nothing is trained. Leaves a report and every bad row in runs/.validations/."""
     from flows import terminal, validation
 
     if (profile is None) == (data is None) or (kind is None) != (data is None):
         raise typer.BadParameter("give a profile, or --kind together with --data")
-    verdicts = validation.of_profile(profile, overrides) if profile else validation.of_file(data, kind, layout)
+    verdicts = validation.of_profile(profile, overrides) if profile else validation.of_file(data, kind, layout, overrides)
     terminal.show_verdicts(verdicts)
 
 

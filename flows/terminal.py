@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -10,7 +11,7 @@ from rich.markup import escape
 from rich.status import Status
 from rich.table import Table
 
-from tasks.errors import ContractBroken, PipelineError
+from tasks.errors import PipelineError
 
 console = Console(stderr=True)
 STATUS_COLOUR = {"ran": "green", "cached": "cyan", "failed": "red", "skipped": "dim", "run": "yellow"}
@@ -92,12 +93,11 @@ def show_plan(rows: list[dict[str, Any]]) -> None:
     Console().print(table)
 
 
-def show_verdicts(verdicts: list[tuple[str, Any]]) -> None:
-    """Print each contract's verdict."""
-    from rich.markdown import Markdown
-
-    for name, verdict in verdicts:
-        console.print(Markdown(f"## {name}\n\n{verdict.to_markdown()}"))
+def show_verdicts(verdicts: list[tuple[str, Path, Any]]) -> None:
+    """Print each contract's verdict, and where its report is."""
+    for name, findings, verdict in verdicts:
+        console.print(f"[bold]{escape(name)}[/]\n{escape(verdict.to_text())}", highlight=False, soft_wrap=True)
+        _place("report", f"{findings}/contract.html")
 
 
 def show_checks(checks: list[Any]) -> int:
@@ -110,12 +110,7 @@ def show_checks(checks: list[Any]) -> int:
 
 
 def show_error(error: PipelineError) -> None:
-    """Print a deliberate stop's text; a broken contract's is a table."""
-    if isinstance(error, ContractBroken):
-        from rich.markdown import Markdown
-
-        console.print(f"[red]{type(error).__name__}[/]", Markdown(str(error)))
-        return
+    """Print a deliberate stop's text."""
     console.print(f"[red]{type(error).__name__}[/] {escape(str(error))}", highlight=False, soft_wrap=True)
 
 

@@ -1,23 +1,26 @@
 """`posttrain validate`: the contracts of a profile's datasets, or of one file, judged without a run."""
 
+import os
 import tempfile
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from profiles.schema import Dataset, Profile
-from tasks.artifacts import Artifact
+from tasks.artifacts import Artifact, disk_errors
 from tasks.check_profile import load_profile
+from tasks.environment import home
 from tasks.errors import ContractBroken, ProfileError
 from tasks.fingerprints import fingerprint, tree_digest
 from tasks.pipeline_run import store
 from tasks.prepare_data import find_base_model, prepare_stage
-from tasks.validate_data import hold_to_contract, locate_dataset
+from tasks.validate_data import hold_to_contract, locate_dataset, refusal
 
-Verdicts = list[tuple[str, Any]]
+Verdicts = list[tuple[str, Path, Any]]  # what was judged, where its report is, the verdict
 
 
-def of_file(data: Path, kind: str, layout: str) -> Verdicts:
-    """Judge one file; raises ContractBroken if it violates the contract of its kind."""
+def of_file(data: Path, kind: str, layout: str, overrides: list[str] | None) -> Verdicts:
+    """Judge one file, with `contract.NAME=NUMBER` over its contract's limits; raises ContractBroken if it violates it."""
     from data_contracts.kinds import KINDS
     from data_contracts.layouts import LAYOUTS
 
@@ -27,7 +30,9 @@ def of_file(data: Path, kind: str, layout: str) -> Verdicts:
         raise ProfileError(f"--layout is {layout!r}; there is: {', '.join(LAYOUTS)}.")
     if not data.exists():
         raise ProfileError(f"--data is {str(data)!r}: there is no such file.")
-    return _passed([(str(data), _judge(Dataset(path=str(data), kind=kind, layout=layout), data, None))])
+    dataset = Dataset(path=str(data), kind=kind, layout=layout, contract=_limits(overrides or []))
+    folder = _findings()
+    return _passed([(str(data), folder, _judge(dataset, data, None, folder))])
 
 
 def of_profile(name: str, overrides: list[str] | None) -> Verdicts:
@@ -35,6 +40,7 @@ def of_profile(name: str, overrides: list[str] | None) -> Verdicts:
     profile = load_profile(name, overrides)
     data, made = profile.recipe.datasets, _made(profile)
     verdicts: Verdicts = []
+    findings = _findings()
     with tempfile.TemporaryDirectory() as folder:
         held_out = None
         for field in ("eval", "sft", "preference", "prompts"):
@@ -42,9 +48,11 @@ def of_profile(name: str, overrides: list[str] | None) -> Verdicts:
             if dataset is None or (dataset.prepared and made is None):
                 continue
             source = locate_dataset(f"recipe.datasets.{field}", dataset, made)
-            output = Path(folder) / field
+            output, found = Path(folder) / field, findings / field
             output.mkdir()
-            verdicts.append((f"recipe.datasets.{field}  {source}", hold_to_contract(dataset, source, held_out, output)))
+            found.mkdir()
+            verdict = hold_to_contract(dataset, source, held_out, output, found)
+            verdicts.append((f"recipe.datasets.{field}  {source}", found, verdict))
             if field == "eval":
                 held_out = Artifact("dataset", str(output), "", tree_digest(source))
     if not verdicts:
@@ -53,6 +61,20 @@ def of_profile(name: str, overrides: list[str] | None) -> Verdicts:
             "judges them."
         )
     return _passed(verdicts)
+
+
+def _limits(overrides: list[str]) -> dict[str, float]:
+    """Return the limits that `--set contract.NAME=NUMBER` sets; anything else would be a setting of a profile."""
+    limits = {}
+    for text in overrides:
+        name, _, value = text.removeprefix("contract.").partition("=")
+        try:
+            limits[name] = int(value) if value.isdigit() else float(value)
+        except ValueError:
+            value = ""
+        if not value or not text.startswith("contract."):
+            raise ProfileError(f"--set {text!r}: with --data there is no profile, only limits: --set contract.NAME=NUMBER.")
+    return limits
 
 
 def _made(profile: Profile) -> Artifact | None:
@@ -65,13 +87,21 @@ def _made(profile: Profile) -> Artifact | None:
     return store().fetch(found) if found else None
 
 
-def _judge(dataset: Dataset, source: Path, held_out: Artifact | None) -> Any:
+def _findings() -> Path:
+    """Return a new folder for what a person looks at: reports, and the bad rows."""
+    folder = home() / ".validations" / f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{os.urandom(2).hex()}"
+    with disk_errors(folder):
+        folder.mkdir(parents=True)
+    return folder
+
+
+def _judge(dataset: Dataset, source: Path, held_out: Artifact | None, findings: Path) -> Any:
     with tempfile.TemporaryDirectory() as folder:
-        return hold_to_contract(dataset, source, held_out, Path(folder))
+        return hold_to_contract(dataset, source, held_out, Path(folder), findings)
 
 
 def _passed(verdicts: Verdicts) -> Verdicts:
-    broken = [f"{name}:\n{verdict.to_markdown()}" for name, verdict in verdicts if not verdict.passed]
+    broken = [refusal(name, verdict, findings) for name, findings, verdict in verdicts if not verdict.passed]
     if broken:
-        raise ContractBroken("\n".join(broken))
+        raise ContractBroken("\n\n".join(broken))
     return verdicts

@@ -42,25 +42,41 @@ def validate_data(run: PipelineRun, name: str, made: Artifact | None, held_out: 
         mlflow_runs.stage_run(run.profile.name, stage, tags, run.mlflow_run_id) as mlflow_run_id,
     ):
         record.mlflow_run_id = mlflow_run_id
-        verdict = hold_to_contract(dataset, source, held_out, staged)
+        findings = run.work(stage)
+        try:
+            verdict = hold_to_contract(dataset, source, held_out, staged, findings)
+        finally:
+            mlflow_runs.log_folder(mlflow_run_id, findings)
         _show(verdict, stage, mlflow_run_id)
         if not verdict.passed:
-            raise ContractBroken(f"recipe.datasets.{name} ({source}) violates its contract:\n{verdict.to_markdown()}")
-        artifact = Artifact("dataset", str(staged), key, "", {"num_rows": float(verdict.n_rows)}, {}, mlflow_run_id)
+            raise ContractBroken(refusal(f"recipe.datasets.{name} ({source})", verdict, findings))
+        counts = {"num_rows": float(verdict.n_rows), "data/quarantined_rows": float(verdict.n_set_aside)}
+        artifact = Artifact("dataset", str(staged), key, "", counts, {}, mlflow_run_id)
         artifact = run.store.commit(staged, artifact, identity)
         record.artifact, record.metrics = artifact.path, artifact.metrics
         mlflow_runs.log_dataset(mlflow_run_id, name, artifact.path, artifact.digest, dataset.kind)
     log.info("%s: %d %s rows hold their contract", stage, verdict.n_rows, dataset.kind)
+    if verdict.n_set_aside:
+        log.warning("%s: %d bad rows do not train, as the profile allows: %s", stage, verdict.n_set_aside, findings)
     return artifact
 
 
-def hold_to_contract(dataset: Dataset, source: Path, held_out: Artifact | None, output: Path) -> Any:
-    """Write rows.parquet and contract.json into `output` and return the verdict; raises ContractBroken for bad rows."""
+def refusal(what: str, verdict: Any, findings: Path) -> str:
+    """Return the text of a broken contract: the rules, and where every bad row is written down."""
+    return f"{what} violates its contract. Report and every bad row: {findings}\n{verdict.to_text()}"
+
+
+def hold_to_contract(dataset: Dataset, source: Path, held_out: Artifact | None, output: Path, findings: Path) -> Any:
+    """Write rows.parquet and contract.json into `output` and return the verdict; raises ContractBroken for bad rows.
+
+    `findings` gets what a person looks at: contract.html, Great Expectations' own result, and quarantine.jsonl if a row is bad.
+    """
     import pyarrow.parquet
 
-    from data_contracts.contract import ContractInvalid, contract_for, judge_by
-    from data_contracts.facts import facts, prompt_hashes
-    from data_contracts.rows import RowsRefused, read_rows
+    from data_contracts.contract import ContractInvalid, contract_for
+    from data_contracts.facts import prompt_hashes
+    from data_contracts.quarantine import FILE, judge_source
+    from data_contracts.rows import RowsRefused
 
     try:
         contract = contract_for(dataset.kind).with_limits(dataset.contract)
@@ -68,18 +84,20 @@ def hold_to_contract(dataset: Dataset, source: Path, held_out: Artifact | None, 
         raise ProfileError(f"contract of {source}: {error}") from None
     try:
         how = dataset.model_dump(include={"layout", "columns", "start", "stop"})
-        table = read_rows(source, dataset.kind, **how)
         rows = None if held_out is None else pyarrow.parquet.read_table(held_out / "rows.parquet")
         hidden = None if rows is None else prompt_hashes(rows, _kind(held_out))
-        verdict = judge_by(facts(table, dataset.kind, hidden), contract)
+        judged = judge_source(source, contract, hidden, how, findings / FILE)
     except RowsRefused as error:
-        raise ContractBroken(str(error)) from None
+        rows = f"\nThe bad rows: {findings / FILE}" if (findings / FILE).is_file() else ""
+        raise ContractBroken(f"{error}{rows}") from None
     except ValueError as error:
         raise ProfileError(f"{source} cannot be read as asked: {error}") from None
     with disk_errors(output):
-        pyarrow.parquet.write_table(table, output / "rows.parquet", compression="zstd")
-        (output / "contract.json").write_text(json.dumps(verdict.to_dict(), indent=1))
-    return verdict
+        pyarrow.parquet.write_table(judged.table, output / "rows.parquet", compression="zstd")
+        (output / "contract.json").write_text(json.dumps(judged.verdict.to_dict(), indent=1))
+        (findings / "contract.html").write_text(judged.verdict.to_html(str(source)), encoding="utf-8")
+        (findings / "great_expectations.json").write_text(json.dumps(judged.verdict.gx_result, indent=1))
+    return judged.verdict
 
 
 def locate_dataset(setting: str, dataset: Dataset, made: Artifact | None) -> Path:
@@ -99,7 +117,7 @@ def identify(dataset: Dataset, source: Path, held_out: Artifact | None) -> dict[
         "stage": "dataset",
         "recipe": reading,
         "inputs": {"source": tree_digest(source), "held_out": held_out.digest if held_out else None},
-        "code": code_digest("data_contracts.contract") + code_digest("data_contracts.rows"),
+        "code": code_digest("data_contracts.quarantine"),
         "contract": file_digest(PROJECT / "data_contracts" / f"{dataset.kind}.yaml"),
     }
 
@@ -112,4 +130,5 @@ def _show(verdict: Any, stage: str, mlflow_run_id: str) -> None:
     """Put the verdict where a person looks: the run's page in Prefect, and MLflow."""
     create_markdown_artifact(key=f"contract-{stage}", markdown=verdict.to_markdown(), description=f"contract of {stage}")
     mlflow_runs.log_dict(mlflow_run_id, verdict.to_dict(), "contract.json")
-    mlflow_runs.log_scalars(mlflow_run_id, {"data/num_rows": float(verdict.n_rows)})
+    counts = {"data/num_rows": float(verdict.n_rows), "data/quarantined_rows": float(verdict.n_set_aside)}
+    mlflow_runs.log_scalars(mlflow_run_id, counts)

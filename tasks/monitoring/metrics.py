@@ -13,7 +13,9 @@ KEY_METRIC = {
 
 
 def key_metric(stage: str, metrics: dict[str, float]) -> str | None:
-    """Return the stage's key metric as `name value`, or None if it logged none of them."""
+    """Return the stage's key metric as `name value`, or None if it logged none; rows that do not train are never untold."""
+    if bad := metrics.get("data/quarantined_rows"):
+        return f"{bad:.0f} bad rows set aside"
     name = next((name for name in KEY_METRIC.get(stage, ()) if name in metrics), None)
     return None if name is None else f"{name} {metrics[name]:.3g}"
 

@@ -183,6 +183,11 @@ def log_file(run_id: str, path: Path) -> None:
     _client().log_artifact(run_id, str(path))
 
 
+def log_folder(run_id: str, folder: Path) -> None:
+    """Log every file of a folder as an artifact of the run."""
+    _client().log_artifacts(run_id, str(folder))
+
+
 def log_dataset(run_id: str, name: str, path: str, digest: str, kind: str) -> None:
     """Link a dataset to a run under our own digest: MLflow's is the same for any conversational data."""
     from mlflow.data.filesystem_dataset_source import FileSystemDatasetSource  # noqa: F401  (registers the resolver)

@@ -274,3 +274,39 @@ def test_rows_at_random_are_kept_verbatim_or_refused(rows, kind, suffix, write_r
     except RowsRefused:
         return
     assert rows in (kept, _as_written(kept) if kind == "preference" else kept)
+
+
+@pytest.mark.parametrize("write", [pa.ipc.new_stream, pa.ipc.new_file], ids=["stream", "file"])
+def test_arrow_in_both_of_its_formats_is_read_like_the_lines_it_was_made_of(
+    write, kind_and_form, clean_rows, write_rows, tmp_path
+):
+    rows = clean_rows(*kind_and_form, 5)
+    table = pa.Table.from_pylist(rows)
+    with write(tmp_path / "rows.arrow", table.schema) as sink:
+        sink.write_table(table, max_chunksize=2)
+    kind = kind_and_form[0]
+    assert read_rows(tmp_path / "rows.arrow", kind).equals(read_rows(write_rows(rows), kind))
+
+
+def test_folder_that_datasets_saved_is_read_in_the_order_it_names(tmp_path):
+    """As `Dataset.save_to_disk(..., num_shards=2)` leaves it: the JSON files beside the shards are not data."""
+    for name, text in (("b.arrow", "first"), ("a.arrow", "second")):
+        table = pa.table({"text": [text]})
+        with pa.ipc.new_stream(tmp_path / name, table.schema) as sink:
+            sink.write_table(table)
+    (tmp_path / "dataset_info.json").write_text("{}")
+    (tmp_path / "state.json").write_text('{"_data_files": [{"filename": "b.arrow"}, {"filename": "a.arrow"}]}')
+    assert read_rows(tmp_path, "language_modeling")["text"].to_pylist() == ["first", "second"]
+
+
+def test_folder_of_several_splits_names_them(tmp_path):
+    (tmp_path / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    with pytest.raises(RowsRefused, match="train, test"):
+        read_rows(tmp_path, "language_modeling")
+
+
+@pytest.mark.parametrize("content", [b"", b"nothing of the sort", b"ARROW1\x00\x00"])
+def test_file_that_is_no_arrow_is_refused(content, tmp_path):
+    (tmp_path / "rows.arrow").write_bytes(content)
+    with pytest.raises(RowsRefused, match="rows.arrow"):
+        read_rows(tmp_path / "rows.arrow", "language_modeling")

@@ -152,3 +152,9 @@ def test_stage_cells_keep_to_one_short_line_each(run):
     cells = report.stage_cells(record("sft", "failed", reason="first line\nsecond line " + "x" * 500))
     assert cells[3] == "first line"
     assert all("\n" not in cell and len(cell) <= 80 for cell in cells)
+
+
+def test_row_of_a_dataset_says_how_many_of_its_rows_do_not_train(run, summary):
+    aside = record("validate-sft", "cached", metrics={"num_rows": 97.0, "data/quarantined_rows": 3.0})
+    page = Cells(report.html(run, summary | {"stages": [aside]}, {}))
+    assert ["validate-sft", "cached", "", "3 bad rows set aside", ""] in page.rows
