@@ -8,10 +8,13 @@ Facts carry no text, so a report of them leaks none. `fact_columns(kind)` lists 
 - `is_duplicate`, `is_duplicate_prompt`: exact repeats of an earlier row or prompt (system turn included).
 - `prompt_hash`, `overlaps_eval`: of the prompt without its system turn, case and white space levelled, so that the same
   question is found whether it stands in a string or in a conversation. A single user turn that is held out counts too.
+- `quotes_eval`: some 13 words in a row, anywhere in the example, stand in exactly one held-out prompt: the passage length of
+  GPT-3's contamination study (arXiv:2005.14165, appendix C). Passages that several prompts share are their template.
 - `n_held_out`: how many prompts it was compared with; 0 means that nobody looked.
 """
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterable
 
 import pandas as pd
@@ -30,9 +33,10 @@ _CONTROL_MARKERS = (
 _JSON_STRING = r'\A\s*"(\\.|[^"\\\n])*"\s*\z'
 _PLACEHOLDER = r"\{\{\s*\w+\s*\}\}|(?i)(\A|\n)[\s<`]*no ?input[\s>`.]*\z"  # unfilled {{name}}; Alpaca's "No input"
 
+PASSAGE_WORDS = 13
 _COMMON = (
     *("row", "n_messages", "n_empty_messages", "n_json_quoted", "n_control_markers", "has_placeholder"),
-    *("is_duplicate", "is_duplicate_prompt", "prompt_hash", "overlaps_eval", "n_held_out"),
+    *("is_duplicate", "is_duplicate_prompt", "prompt_hash", "overlaps_eval", "quotes_eval", "n_held_out"),
 )
 _OF_KIND = {
     "prompt_completion": ("is_echo",),
@@ -41,10 +45,12 @@ _OF_KIND = {
 }
 
 
-def facts(table: pa.Table, kind: str, held_out: Iterable[str] | None = None) -> pd.DataFrame:
+def facts(
+    table: pa.Table, kind: str, held_out: Iterable[str] | None = None, passages: frozenset[str] = frozenset()
+) -> pd.DataFrame:
     """Return the facts about each row of a table that `rows.read_rows` made.
 
-    `held_out` are the `prompt_hashes` of rows that must not be trained on.
+    `held_out` are the `prompt_hashes`, and `passages` the `prompt_passages`, of rows that must not be trained on.
     """
     asked = kind_of(kind)
     _check_kind(table, asked)
@@ -59,6 +65,7 @@ def facts(table: pa.Table, kind: str, held_out: Iterable[str] | None = None) -> 
             *_about_kind(asked),
             pl.Series("prompt_hash", _hashes(rows)),
             pl.Series("overlaps_eval", _overlaps(rows, held), dtype=pl.Boolean),
+            pl.Series("quotes_eval", _quotes(rows, _text_fields(asked), passages), dtype=pl.Boolean),
             n_held_out=pl.lit(len(held)),
         )
         .select(fact_columns(kind))
@@ -76,6 +83,14 @@ def fact_columns(kind: str) -> list[str]:
 def prompt_hashes(table: pa.Table, kind: str) -> set[str]:
     """Return the hashes of a table's prompts, to be held out of others."""
     return set(_hashes(_as_messages(table, kind_of(kind))))
+
+
+def prompt_passages(table: pa.Table, kind: str) -> frozenset[str]:
+    """Return every passage of a table's prompts that only one of them has, to be looked for in others' texts."""
+    spoken = pl.col("__asked").list.filter(_ROLE != "system")
+    prompts = set(_as_messages(table, kind_of(kind)).select(spoken.list.eval(_CONTENT).list.join("\n")).to_series())
+    counts = Counter(passage for prompt in prompts for passage in _passages_of(prompt))
+    return frozenset(passage for passage, count in counts.items() if count == 1)
 
 
 def _check_kind(table: pa.Table, kind: Kind) -> None:
@@ -204,6 +219,19 @@ def _overlaps(rows: pl.DataFrame, held_out: frozenset[str]) -> list[bool]:
         whole in held_out or any(_hash(turn) in held_out for turn in each)
         for whole, each in zip(_hashes(rows), asked, strict=True)
     ]
+
+
+def _quotes(rows: pl.DataFrame, fields: tuple[str, ...], passages: frozenset[str]) -> list[bool]:
+    """Tell for each row whether one of the passages stands in any of its texts."""
+    if not passages:
+        return [False] * rows.height
+    texts = rows.select(pl.concat_str([_text(name) for name in fields], separator="\n")).to_series()
+    return [not passages.isdisjoint(_passages_of(text)) for text in texts]
+
+
+def _passages_of(text: str) -> set[str]:
+    words = text.casefold().split()
+    return {" ".join(words[start : start + PASSAGE_WORDS]) for start in range(len(words) - PASSAGE_WORDS + 1)}
 
 
 def _hash(text: str) -> str:

@@ -15,11 +15,23 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from data_contracts.contract import QUARANTINE, Contract, judge_by, offending_rows
-from data_contracts.facts import facts
+from data_contracts.facts import facts, prompt_hashes, prompt_passages
 from data_contracts.rows import RowsRefused, SetAside, read_rows
 from data_contracts.verdict import RuleResult, Verdict
 
 FILE = "quarantine.jsonl"
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What no training row may repeat: the hashes of the evaluation's prompts, and the passages of each alone."""
+
+    prompts: frozenset[str]
+    passages: frozenset[str]
+
+    @classmethod
+    def of(cls, table: pa.Table, kind: str) -> "HeldOut":
+        return cls(frozenset(prompt_hashes(table, kind)), prompt_passages(table, kind))
 
 
 @dataclass(frozen=True)
@@ -32,7 +44,7 @@ class Judged:
 
 
 def judge_source(
-    source: Path, contract: Contract, held_out: Iterable[str] | None, reading: Mapping[str, Any], quarantine: Path
+    source: Path, contract: Contract, held_out: HeldOut | None, reading: Mapping[str, Any], quarantine: Path
 ) -> Judged:
     """Read a source and judge its rows; `reading` is how `read_rows` reads it.
 
@@ -46,14 +58,15 @@ def judge_source(
     except RowsRefused:
         write(quarantine, bad)
         raise
-    found = facts(table, contract.kind, held_out)
+    hidden = (held_out.prompts, held_out.passages) if held_out else ()
+    found = facts(table, contract.kind, *hidden)
     verdict = judge_by(found, contract)
     blocking = offending_rows(found, contract, verdict)
     rest = table.filter(pc.invert(pc.is_in(table["row"], pa.array(list(blocking), pa.int64())))) if blocking else table
     bad += _taken_out(table, blocking)
     write(quarantine, bad)
     if allowed and bad and rest.num_rows:
-        verdict = judge_by(facts(rest, contract.kind, held_out), contract) if blocking else verdict
+        verdict = judge_by(facts(rest, contract.kind, *hidden), contract) if blocking else verdict
         return Judged(rest, _told(verdict, bad, contract), tuple(bad))
     return Judged(table, verdict, tuple(bad))
 

@@ -74,8 +74,7 @@ def hold_to_contract(dataset: Dataset, source: Path, held_out: Artifact | None, 
     import pyarrow.parquet
 
     from data_contracts.contract import ContractInvalid, contract_for
-    from data_contracts.facts import prompt_hashes
-    from data_contracts.quarantine import FILE, judge_source
+    from data_contracts.quarantine import FILE, HeldOut, judge_source
     from data_contracts.rows import RowsRefused
 
     try:
@@ -85,7 +84,7 @@ def hold_to_contract(dataset: Dataset, source: Path, held_out: Artifact | None, 
     try:
         how = dataset.model_dump(include={"layout", "columns", "start", "stop"})
         rows = None if held_out is None else pyarrow.parquet.read_table(held_out / "rows.parquet")
-        hidden = None if rows is None else prompt_hashes(rows, _kind(held_out))
+        hidden = None if rows is None else HeldOut.of(rows, _kind(held_out))
         judged = judge_source(source, contract, hidden, how, findings / FILE)
     except RowsRefused as error:
         rows = f"\nThe bad rows: {findings / FILE}" if (findings / FILE).is_file() else ""

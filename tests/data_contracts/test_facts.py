@@ -7,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_contracts.facts import fact_columns, facts, prompt_hashes
+from data_contracts.facts import fact_columns, facts, prompt_hashes, prompt_passages
 from data_contracts.kinds import KINDS
 from data_contracts.rows import read_rows
 
@@ -193,12 +193,38 @@ def test_facts_of_the_alpaca_demo_agree_with_a_plain_count(shared_data):
     assert (found["completion_chars"] == 1).sum() == 1
 
 
-def test_facts_of_gsm8k_see_its_test_set_in_a_train_set_that_holds_it(shared_data, write_rows):
-    def renamed(name: str, kind: str, reply: str, path: str):
+@pytest.fixture
+def renamed(shared_data, write_rows):
+    """Reads one of GSM8K's two files as rows of a kind."""
+
+    def read(name: str, kind: str, reply: str, path: str):
         lines = [json.loads(line) for line in (shared_data / "gsm8k" / name).read_text().splitlines()]
         rows = [{"prompt": line["question"], reply: line["answer"]} for line in lines]
         return read_rows(write_rows(rows, path), kind)
 
+    return read
+
+
+def test_facts_of_gsm8k_find_the_train_rows_that_quote_its_test_set_as_a_plain_search_does(shared_data, renamed):
+    def lines(name: str) -> list[dict]:
+        return [json.loads(line) for line in (shared_data / "gsm8k" / name).read_text().splitlines()]
+
+    def thirteens(text: str) -> set[tuple[str, ...]]:
+        words = text.casefold().split()
+        return set(zip(*(words[start:] for start in range(13)), strict=False))
+
+    asked = Counter(
+        passage for question in {line["question"] for line in lines("test.jsonl")} for passage in thirteens(question)
+    )
+    own = {passage for passage, count in asked.items() if count == 1}
+    quoting = [bool(thirteens(f"{line['question']}\n{line['answer']}") & own) for line in lines("train.jsonl")]
+    passages = prompt_passages(renamed("test.jsonl", "eval", "answer", "test.jsonl"), "eval")
+    train = renamed("train.jsonl", "prompt_completion", "completion", "train.jsonl")
+    assert facts(train, "prompt_completion", {"x"}, passages)["quotes_eval"].tolist() == quoting
+    assert sum(quoting) == 4
+
+
+def test_facts_of_gsm8k_see_its_test_set_in_a_train_set_that_holds_it(renamed):
     held_out = prompt_hashes(renamed("test.jsonl", "eval", "answer", "test.jsonl"), "eval")
     train = renamed("train.jsonl", "prompt_completion", "completion", "train.jsonl")
     leaked = renamed("test.jsonl", "prompt_completion", "completion", "leaked.jsonl")
@@ -216,3 +242,28 @@ def test_gsm8k_as_it_comes_is_refused_with_both_sets_of_columns(shared_data):
 
 def test_fact_columns_are_there_for_every_kind():
     assert all(len(fact_columns(kind)) == len(set(fact_columns(kind))) > 10 for kind in KINDS)
+
+
+SHEEP = "a farmer has nine sheep and sells four of them on Monday before breakfast, how many are left"
+TEMPLATE = "You are given a question about arithmetic and must answer it with one number only, please, and no more:"
+
+
+@pytest.fixture
+def passages(write_rows) -> frozenset[str]:
+    prompts = [f"{TEMPLATE} {SHEEP}", f"{TEMPLATE} one plus one", "Say 6"]
+    return prompt_passages(read_rows(write_rows([{"prompt": p, "answer": "5"} for p in prompts]), "eval"), "eval")
+
+
+@pytest.mark.parametrize(
+    ("said", "quotes"),
+    [
+        ("It went: A FARMER  has nine sheep and sells four of them on Monday, they say", False),  # 12 words, and "Monday,"
+        ("It went: A FARMER  has nine sheep and sells four of them on Monday before breakfast", True),
+        (TEMPLATE, False),  # two prompts have it
+        ("Say 6", False),  # too short to tell a quotation; a whole prompt is another fact's business
+    ],
+)
+def test_row_quotes_eval_if_thirteen_words_of_one_held_out_prompt_alone_stand_in_it(said, quotes, passages, write_rows):
+    rows = [{"prompt": "Tell me a story", "completion": said}, {"prompt": "Say 1", "completion": " 1."}]
+    found = facts(read_rows(write_rows(rows, "train.jsonl"), "prompt_completion"), "prompt_completion", {"x"}, passages)
+    assert found["quotes_eval"].tolist() == [quotes, False]

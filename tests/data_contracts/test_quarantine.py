@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 from data_contracts.contract import ContractInvalid, contract_for
-from data_contracts.quarantine import Judged, judge_source
+from data_contracts.quarantine import HeldOut, Judged, judge_source
 from data_contracts.rows import RowsRefused
 
+HELD_OUT = HeldOut(frozenset({"another prompt"}), frozenset())
 TIE, NO_TEXT, EMPTY = 2, 5, 8  # 0-based rows of the set below, each with a defect of its own
 
 
@@ -25,7 +26,7 @@ def rows(clean_rows) -> list[dict]:
 def judged(write_rows, tmp_path: Path):
     def judge(rows: list[dict], **limits: float) -> tuple[Judged, list[dict]]:
         file = tmp_path / "quarantine.jsonl"
-        result = judge_source(write_rows(rows), contract_for("preference").with_limits(limits), {"x"}, {}, file)
+        result = judge_source(write_rows(rows), contract_for("preference").with_limits(limits), HELD_OUT, {}, file)
         return result, [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
 
     return judge
