@@ -112,26 +112,18 @@ def test_job_is_a_subflow_of_the_run_with_its_tags_and_its_log(first, pools):
     assert any("world size 1" in line["message"] for line in lines)
 
 
-def test_run_again_sends_nothing_to_any_pool(first, pools):
-    before = len(pools.flow_runs())
-    code, summary, said = run(pools, *PLACED)
-    assert code == 0, said
-    assert {stage["status"] for stage in summary["stages"]} == {"cached"}
-    assert len(pools.flow_runs()) == before + 1
-    states = {
-        task["state"]["name"] for task in pools.api("/task_runs/filter", {"sort": "EXPECTED_START_TIME_DESC", "limit": 11})
-    }
-    assert states == {"Cached"}
-
-
-def test_nightly_run_costs_nothing_while_its_rows_are_the_same_and_trains_when_one_is_new(first, pools, tmp_path):
+def test_nightly_run_sends_nothing_to_any_pool_while_its_rows_are_the_same_and_trains_on_a_new_one(first, pools, tmp_path):
     prepared = Path(next(stage["artifact"] for stage in first["stages"] if stage["stage"] == "prepare"))
     rows = tmp_path / "rows.jsonl"
     rows.write_bytes((prepared / "prompts.jsonl").read_bytes())
     data = f"recipe.datasets.prompts={{path: {rows}, kind: prompt_only}}"
+    before = len(pools.flow_runs())
     code, same, said = run(pools, *PLACED, data, deployment="nightly")
     assert code == 0, said
     assert {stage["status"] for stage in same["stages"]} == {"cached"}
+    assert len(pools.flow_runs()) == before + 1
+    tasks = pools.api("/task_runs/filter", {"sort": "EXPECTED_START_TIME_DESC", "limit": 11})
+    assert {task["state"]["name"] for task in tasks} == {"Cached"}
     with rows.open("a") as file:
         file.write('{"prompt": [{"role": "user", "content": "Sort: 90817263"}], "answer": "01236789"}\n')
     # the gate that nobody passes ends it before merge and export
@@ -148,11 +140,11 @@ def test_same_recipe_placed_here_is_the_same_artifact(first, pools):
 
 
 def test_failing_job_on_a_pool_exits_with_its_own_code_and_cause_everywhere(first, pools):
-    code, summary, said = run(pools, *PLACED, "recipe.export.max_model_len=8")
+    code, summary, said = run(pools, *PLACED, "recipe.sft.args.learning_rate=0.0")
     assert code == summary["exit_code"] == 4
     assert "on pool" in summary["error"] and "rank 0" in summary["error"] and summary["error"].splitlines()[-1] in said
     assert pools.flow_run(summary["prefect_flow_run_id"])["state_name"] == "Failed"
-    assert pools.flow_runs("export-")[-1]["state_name"] == "Failed"
+    assert pools.flow_runs("sft-")[-1]["state_name"] == "Failed"
 
 
 def test_worker_with_another_store_is_refused_before_it_trains(first, pools, tmp_path):
@@ -210,7 +202,7 @@ def test_run_that_waits_for_approval_has_no_process_and_is_not_taken_for_dead(fi
     assert mlflow_of(pools, waiting["mlflow_run_id"])[0] == "KILLED"
 
 
-def test_refused_release_fails_with_the_reviewers_reason_and_stays_refused(first, pools):
+def test_refused_release_fails_with_the_reviewers_reason_everywhere(first, pools):
     waiting = start_and_wait_for_the_question(pools)
     ended = answer(pools, waiting["id"], decision="refuse", reviewer="Ada", reason="too polite")
     summary = json.loads((waiting["folder"] / "summary.json").read_text())
@@ -224,8 +216,6 @@ def test_refused_release_fails_with_the_reviewers_reason_and_stays_refused(first
         "Ada",
         "too polite",
     )
-    code, again, _ = run(pools, *ASKED)  # the same export: nobody is asked a second time
-    assert code == 6 and again["approval"]["run_id"] == summary["run_id"] and again["run_id"] != summary["run_id"]
 
 
 def test_approved_release_completes_and_its_approval_stands_for_the_same_export(first, pools):
@@ -236,7 +226,7 @@ def test_approved_release_completes_and_its_approval_stands_for_the_same_export(
     assert mlflow_of(pools, waiting["mlflow_run_id"])[0] == "FINISHED"
     code, again, said = run(pools, *ASKED)
     assert code == 0, said
-    assert again["approval"]["reason"] == "reads well"
+    assert again["approval"]["reason"] == "reads well" and again["run_id"] != again["approval"]["run_id"]
 
 
 def test_run_suspended_on_its_page_ends_after_its_stage_and_goes_on_from_the_store(first, pools):
