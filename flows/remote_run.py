@@ -33,6 +33,8 @@ def start(deployment: str, profile: str, overrides: list[str] | None) -> FlowRun
             f"--deployment is {deployment!r}: the server has no {name}. `prefect deployment ls` lists them."
         ) from None
     except PrefectHTTPStatusError as error:
+        if error.response.is_server_error:
+            raise MachineUnfit(f"the Prefect server at {PREFECT_API_URL.value()} is not well: {error}") from None
         raise ProfileError(f"the server refuses the run: {error.response.text}") from None
     except httpx.HTTPError as error:
         raise MachineUnfit(f"the Prefect server at {PREFECT_API_URL.value()} does not answer: {error}") from None

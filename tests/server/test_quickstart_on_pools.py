@@ -240,7 +240,12 @@ def test_run_suspended_on_its_page_ends_after_its_stage_and_goes_on_from_the_sto
 
     wait_until(lambda: folders() and (folders()[0] / "sft" / "metrics.jsonl").is_file(), 90)
     process = json.loads((folders()[0] / "process.json").read_text())
-    pools.api(f"/flow_runs/{process['flow_run_id']}/set_state", {"state": {"type": "PAUSED", "name": "Suspended"}})
+    suspended = {
+        "type": "PAUSED",
+        "name": "Suspended",
+        "state_details": {"pause_reschedule": True},
+    }  # as the page's button does
+    pools.api(f"/flow_runs/{process['flow_run_id']}/set_state", {"state": suspended})
     wait_until(lambda: (folders()[0] / "closed").is_file() and not is_alive(process["pid"]), 90)
     assert pools.flow_run(process["flow_run_id"])["state_name"] == "Suspended"
     assert mlflow_of(pools, process["mlflow_run_id"])[0] == "KILLED"
