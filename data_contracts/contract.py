@@ -14,11 +14,13 @@ from data_contracts import suite
 from data_contracts.facts import fact_columns
 from data_contracts.kinds import KINDS
 from data_contracts.suite import ContractInvalid
+from data_contracts.token_facts import TOKEN_FACTS
 from data_contracts.verdict import Verdict
 
 __all__ = ["Contract", "ContractInvalid", "contract_for", "judge", "judge_by", "offending_rows", "read_contract"]
 
 QUARANTINE = "quarantine_ratio_max"
+TOKENS = "tokens"
 _FOLDER = Path(__file__).parent
 _KEYS = {"type", "kwargs", "meta", "severity", "notes"}
 _VALUE = re.compile(r"(?:(1) ([-/]) )?\$(\w+)")  # $limit, 1 - $limit, 1 / $limit
@@ -35,6 +37,7 @@ class Contract:
     limits: dict[str, float]
     expectations: tuple[dict, ...]  # as the file spells them, `$limit` unresolved
     loosened: tuple[str, ...] = ()
+    columns: tuple[str, ...] = ()  # the facts it judges
     quarantine_ratio_max: float = 0.0  # share of the rows that may be set aside so that the rest trains; 0: none
 
     def with_limits(self, limits: Mapping[str, float]) -> "Contract":
@@ -56,10 +59,35 @@ class Contract:
         if why := _not_a_limit(name, value):
             raise ContractInvalid(f"{self.kind} limit {name} is {value!r}: {why}")
 
+    def with_tokens(self, methods: Mapping[str, str]) -> "Contract":
+        """Return this contract with the rules about what each stage's tokenizer makes of the rows.
+
+        `methods` are the stages that read the rows, each with its method; their columns are named `<stage>_<fact>`.
+        """
+        facts_by_stage = {stage: TOKEN_FACTS[method] for stage, method in methods.items()}
+        tokens = read_contract(_FOLDER / f"{TOKENS}.yaml")
+        asked = [
+            {
+                **rule,
+                "kwargs": rule["kwargs"] | {"column": f"{stage}_{rule['kwargs']['column']}"},
+                "meta": {"rule": f"{stage.replace('_', '-')}-{rule['meta']['rule']}"},
+            }
+            for stage, facts in facts_by_stage.items()
+            for rule in tokens.expectations
+            if rule["kwargs"]["column"] in facts
+        ]
+        columns = [f"{stage}_{fact}" for stage, facts in facts_by_stage.items() for fact in facts]
+        return replace(
+            self,
+            limits=self.limits | (tokens.limits if asked else {}),
+            expectations=(*self.expectations, *asked),
+            columns=(*self.columns, *columns),
+        )
+
     def resolved(self) -> list[dict]:
         """Return what Great Expectations is given: every rule with its numbers, and one against nulls per fact."""
         own = [{**rule, "kwargs": _resolve(rule["kwargs"], self.limits)} for rule in self.expectations]
-        return own + [_not_null(self.kind, column) for column in fact_columns(self.kind)]
+        return own + [_not_null(self.kind, column) for column in self.columns]
 
 
 def judge(facts: pd.DataFrame, kind: str, limits: Mapping[str, float] | None = None) -> Verdict:
@@ -104,7 +132,7 @@ def read_contract(path: Path) -> Contract:
     spec = yaml.safe_load(path.read_text(encoding="utf-8"))
     if not isinstance(spec, dict) or set(spec) != {"kind", "version", "limits", "expectations"}:
         raise ContractInvalid(f"{path} must have exactly kind, version, limits and expectations")
-    if spec["kind"] not in KINDS or not isinstance(spec["version"], str):
+    if spec["kind"] not in (*KINDS, TOKENS) or not isinstance(spec["version"], str):
         raise ContractInvalid(f"{path}: kind must be one of {', '.join(KINDS)}, and version a date in quotes")
     limits, rules = spec["limits"] or {}, spec["expectations"] or []
     for name, value in limits.items():
@@ -113,8 +141,9 @@ def read_contract(path: Path) -> Contract:
     for number, rule in enumerate(rules, start=1):
         if why := _not_a_rule(rule):
             raise ContractInvalid(f"{path}: expectation {number} {why}")
-    _check_whole(path, limits, rules)
-    return Contract(spec["kind"], spec["version"], limits, tuple(rules))
+    _check_whole(path, spec["kind"], limits, rules)
+    columns = () if spec["kind"] == TOKENS else tuple(fact_columns(spec["kind"]))
+    return Contract(spec["kind"], spec["version"], limits, tuple(rules), columns=columns)
 
 
 def _not_a_rule(rule: object) -> str | None:
@@ -141,9 +170,9 @@ def _not_a_kwarg(name: str, value: object) -> str | None:
     return None
 
 
-def _check_whole(path: Path, limits: dict, rules: list[dict]) -> None:
+def _check_whole(path: Path, kind: str, limits: dict, rules: list[dict]) -> None:
     names = [rule["meta"]["rule"] for rule in rules]
-    if not any(rule["type"] == _ROW_COUNT and rule["severity"] == "critical" for rule in rules):
+    if kind != TOKENS and not any(rule["type"] == _ROW_COUNT and rule["severity"] == "critical" for rule in rules):
         raise ContractInvalid(f"{path} has no critical {_ROW_COUNT}: no rows, or no rules, would pass it")
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ContractInvalid(f"{path}: rule {', '.join(twice)} stands twice")

@@ -4,55 +4,120 @@ A kind has two forms: `standard` (its fields are strings) and `conversational` (
 Fields carry TRL's own names, https://huggingface.co/docs/trl/dataset_formats.
 """
 
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cache
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, create_model
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, create_model
 
 Form = Literal["standard", "conversational"]
 ROLE_CODES = {"system": "s", "user": "u", "assistant": "a", "tool": "t"}
+CALL_CODE = "c"  # an assistant's turn that calls tools
+TOOLS = "tools"  # the column that says which tools the conversation has
 
 
-class Message(BaseModel):
-    """One turn. Anything but exactly these two strings is refused, as readers that coerce rewrite text."""
+class Strict(BaseModel):
+    """Anything but exactly these keys and types is refused, as readers that coerce rewrite text."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class Message(Strict):
     role: Literal["system", "user", "assistant", "tool"]
     content: str
 
 
+class Function(Strict):
+    name: str = Field(min_length=1)
+    arguments: dict[str, Any]  # as text a template would quote it a second time
+
+
+class ToolCall(Strict):
+    type: Literal["function"]
+    function: Function
+    id: str | None = None
+
+
+def _from_json(value: Any) -> Any:
+    """Return what a string holds as JSON: Parquet has no other way to keep objects that differ from row to row."""
+    return json.loads(value) if isinstance(value, str) else value
+
+
+class ToolMessage(Strict):
+    """A turn of a conversation with tools. A call may stand without text; what a tool said may name its call."""
+
+    role: Literal["system", "user", "assistant", "tool"]
+    content: str | None = None
+    tool_calls: Annotated[list[ToolCall] | None, BeforeValidator(_from_json), Field(min_length=1)] = None
+    tool_call_id: str | None = None
+    name: str | None = None
+
+
+def _spoken(message: ToolMessage) -> ToolMessage:
+    if message.tool_calls and message.role != "assistant":
+        raise ValueError(f"is a {message.role} turn with tool_calls; only the assistant calls tools")
+    if message.content is None and not message.tool_calls:
+        raise ValueError("has neither content nor tool_calls")
+    return message
+
+
+def _tools(value: Any) -> Any:
+    tools = _from_json(value)
+    for tool in tools if isinstance(tools, list) else [None]:
+        function = tool.get("function") if isinstance(tool, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise ValueError('must be a list of {"type": "function", "function": {"name": …}}, a JSON Schema each')
+    return tools
+
+
 @dataclass(frozen=True)
 class Kind:
-    """What one row holds: text fields per form, plain strings beside them, and whether other columns may follow."""
+    """What one row holds: text fields per form, other texts and labels beside them, and whether more columns may follow."""
 
     name: str
     standard: tuple[str, ...]
-    conversational: tuple[str, ...]
+    conversational: tuple[str, ...] = ()  # none: TRL has no such form
     strings: tuple[str, ...] = ()
+    steps: tuple[str, ...] = ()  # lists of strings
+    labels: Mapping[str, Any] = field(default_factory=dict, hash=False)  # by their types
     extra_columns: bool = False
+    takes_tools: bool = False
 
     def fields(self, form: Form) -> tuple[str, ...]:
         """Return the fields that hold text (standard) or messages (conversational)."""
         return self.standard if form == "standard" else self.conversational
 
     def columns(self, form: Form) -> tuple[str, ...]:
-        return self.fields(form) + self.strings
+        return self.fields(form) + self.strings + self.steps + tuple(self.labels)
+
+    def texts(self) -> tuple[str, ...]:
+        """Return every column that holds text, by the names that facts use: the conversational ones, for both forms."""
+        return (self.conversational or self.standard) + self.strings + self.steps
 
     def explain(self) -> str:
         """Say which columns rows of this kind have, for a person who gave other ones."""
-        spelled = dict.fromkeys((self.columns("standard"), self.columns("conversational")))
-        wanted = ", or ".join(", ".join(columns) for columns in spelled)
+        forms: tuple[Form, ...] = ("standard", "conversational") if self.conversational else ("standard",)
+        wanted = ", or ".join(", ".join(columns) for columns in dict.fromkeys(self.columns(form) for form in forms))
         more = " (and any other columns of plain values)" if self.extra_columns else ""
         return f"{self.name} rows have {wanted}{more}"
 
 
+_PAIR = ("prompt", "chosen", "rejected")
 KINDS = {
     kind.name: kind
     for kind in (
-        Kind("language_modeling", ("text",), ("messages",)),
-        Kind("prompt_completion", ("prompt", "completion"), ("prompt", "completion")),
-        Kind("preference", ("prompt", "chosen", "rejected"), ("prompt", "chosen", "rejected")),
+        Kind("language_modeling", ("text",), ("messages",), takes_tools=True),
+        Kind("prompt_completion", ("prompt", "completion"), ("prompt", "completion"), takes_tools=True),
+        Kind("preference", _PAIR, _PAIR, takes_tools=True),
+        Kind(
+            "unpaired_preference",
+            *(("prompt", "completion"), ("prompt", "completion")),
+            labels={"label": bool},
+            takes_tools=True,
+        ),
+        Kind("stepwise_supervision", ("prompt",), steps=("completions",), labels={"labels": list[bool]}),
         Kind("prompt_only", ("prompt",), ("prompt",), extra_columns=True),
         Kind("eval", ("prompt",), ("prompt",), strings=("answer",), extra_columns=True),
     )
@@ -61,7 +126,7 @@ KINDS = {
 # Columns that may not be an extra: those that make a row one of another kind, `row`, which is ours, and those by which
 # TRL's GRPO and RLOO trainers call a reward function (an equal name there is a TypeError at the first step).
 RESERVED_COLUMNS = frozenset(
-    {"text", "messages", "completion", "chosen", "rejected", "label", "images", "tools", "row"}
+    {"text", "messages", "completion", "chosen", "rejected", "label", "labels", "images", TOOLS, "row"}
     | {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "environments"}
 )
 
@@ -74,9 +139,13 @@ def kind_of(name: str) -> Kind:
 
 
 @cache
-def row_model(kind: Kind, form: Form) -> type[BaseModel]:
+def row_model(kind: Kind, form: Form, with_tools: bool = False) -> type[BaseModel]:
     """Return the strict model of one row: its columns and, except where the kind takes others, nothing else."""
-    text = str if form == "standard" else Annotated[list[Message], Field(min_length=1)]
+    message = Annotated[ToolMessage, AfterValidator(_spoken)] if with_tools else Message
+    text = str if form == "standard" else Annotated[list[message], Field(min_length=1)]
     columns = dict.fromkeys(kind.fields(form), (text, ...)) | dict.fromkeys(kind.strings, (str, ...))
+    columns |= dict.fromkeys(kind.steps, (Annotated[list[str], Field(min_length=1)], ...))
+    columns |= {name: (type_, ...) for name, type_ in kind.labels.items()}
+    columns |= {TOOLS: (Annotated[list[dict[str, Any]] | str, AfterValidator(_tools)], ...)} if with_tools else {}
     config = ConfigDict(extra="allow" if kind.extra_columns else "forbid", strict=True)
     return create_model(f"{kind.name}_{form}", __config__=config, **columns)

@@ -3,9 +3,9 @@
 A conversion renames; it never guesses. What a layout cannot say exactly in TRL's words is refused, not dropped.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
 from data_contracts.kinds import Kind
 
@@ -43,6 +43,10 @@ class ShareGPTPreference(ShareGPT):
     rejected: Turn
 
 
+class ShareGPTUnpaired(ShareGPT):
+    label: bool = Field(validation_alias=AliasChoices("label", "kto_tag"))
+
+
 class Alpaca(BaseModel):
     """One instruction, what it is applied to (may be empty), and the reply."""
 
@@ -75,6 +79,11 @@ def _sharegpt_preference(row: object) -> dict[str, object]:
     return {"prompt": pair.messages(), "chosen": [pair.chosen.message()], "rejected": [pair.rejected.message()]}
 
 
+def _sharegpt_unpaired(row: object) -> dict[str, object]:
+    given = ShareGPTUnpaired.model_validate(row)
+    return _split_reply({"messages": given.messages(), "label": given.label})
+
+
 def _alpaca_conversation(row: object) -> dict[str, object]:
     turn = Alpaca.model_validate(row)
     return {"messages": [*turn.prompt(), {"role": "assistant", "content": turn.output}]}
@@ -94,6 +103,7 @@ _CONVERSIONS = {
     ("sharegpt", "language_modeling"): _sharegpt_conversation,
     ("sharegpt", "prompt_completion"): _sharegpt_completion,
     ("sharegpt", "preference"): _sharegpt_preference,
+    ("sharegpt", "unpaired_preference"): _sharegpt_unpaired,
     ("alpaca", "language_modeling"): _alpaca_conversation,
     ("alpaca", "prompt_completion"): _alpaca_completion,
     ("alpaca", "eval"): _alpaca_eval,
@@ -113,7 +123,9 @@ def to_trl(row: object, layout: str, kind: Kind) -> object:
     """Return the row in TRL's words. Raises ValueError (pydantic's is one) with what the layout lacks."""
     if layout != "trl":
         return _CONVERSIONS[layout, kind.name](row)
-    return explicit_prompt(row) if kind.name == "preference" else row
+    if kind.name == "preference":
+        return explicit_prompt(row)
+    return _split_reply(row) if kind.name == "unpaired_preference" else row
 
 
 def explicit_prompt(row: object) -> object:
@@ -135,6 +147,15 @@ def explicit_prompt(row: object) -> object:
     if not shared:
         raise ValueError("prompt is missing, and chosen and rejected do not begin with the same message")
     return {"prompt": chosen[:shared], "chosen": chosen[shared:], "rejected": rejected[shared:]}
+
+
+def _split_reply(row: object) -> Any:
+    """Give an unpaired row of whole conversations, as LLaMA-Factory has them, its last turn as the completion."""
+    if not isinstance(row, dict) or set(row) != {"messages", "label"} or not isinstance(row["messages"], list):
+        return row
+    if len(row["messages"]) < 2:
+        raise ValueError("messages must have a turn before the one that label is about")
+    return {"prompt": row["messages"][:-1], "completion": row["messages"][-1:], "label": row["label"]}
 
 
 def layout_of(columns: set[str]) -> str | None:

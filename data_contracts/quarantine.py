@@ -6,11 +6,12 @@ were set aside are counted in the verdict and written down with their reasons.
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -36,17 +37,23 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class Judged:
-    """The rows that train if the verdict passed, the verdict on them, and every row that is not among them or blocks."""
+    """The rows that train if the verdict passed, the facts about them, and every row that blocks or was set aside."""
 
     table: pa.Table
+    facts: pd.DataFrame
     verdict: Verdict
     set_aside: tuple[SetAside, ...]
 
 
 def judge_source(
-    source: Path, contract: Contract, held_out: HeldOut | None, reading: Mapping[str, Any], quarantine: Path
+    source: Path,
+    contract: Contract,
+    held_out: HeldOut | None,
+    reading: Mapping[str, Any],
+    quarantine: Path,
+    more_facts: Callable[[pa.Table], pd.DataFrame] | None = None,
 ) -> Judged:
-    """Read a source and judge its rows; `reading` is how `read_rows` reads it.
+    """Read a source and judge its rows; `reading` is how `read_rows` reads it, `more_facts` returns facts by `row`.
 
     Rows that are not of their kind, or for which a blocking rule does not hold, are written to the file `quarantine`, whether
     the set is refused for them or trains without them. Raises RowsRefused where the source cannot be read as asked.
@@ -59,16 +66,19 @@ def judge_source(
         write(quarantine, bad)
         raise
     hidden = (held_out.prompts, held_out.passages) if held_out else ()
-    found = facts(table, contract.kind, *hidden)
+    more = more_facts(table) if more_facts else None
+    found = _joined(facts(table, contract.kind, *hidden), more)
     verdict = judge_by(found, contract)
     blocking = offending_rows(found, contract, verdict)
     rest = table.filter(pc.invert(pc.is_in(table["row"], pa.array(list(blocking), pa.int64())))) if blocking else table
     bad += _taken_out(table, blocking)
     write(quarantine, bad)
     if allowed and bad and rest.num_rows:
-        verdict = judge_by(facts(rest, contract.kind, *hidden), contract) if blocking else verdict
-        return Judged(rest, _told(verdict, bad, contract), tuple(bad))
-    return Judged(table, verdict, tuple(bad))
+        if blocking:
+            found = _joined(facts(rest, contract.kind, *hidden), more)
+            verdict = judge_by(found, contract)
+        return Judged(rest, found, _told(verdict, bad, contract), tuple(bad))
+    return Judged(table, found, verdict, tuple(bad))
 
 
 def write(file: Path, rows: Iterable[SetAside]) -> None:
@@ -79,6 +89,11 @@ def write(file: Path, rows: Iterable[SetAside]) -> None:
     ]
     if lines:
         file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _joined(found: pd.DataFrame, more: pd.DataFrame | None) -> pd.DataFrame:
+    """Return the facts with more about the same rows; a row of which there are none fails as unknown."""
+    return found if more is None else found.merge(more, on="row", how="left", validate="1:1")
 
 
 def _taken_out(table: pa.Table, blocking: dict[int, list[str]]) -> list[SetAside]:

@@ -2,7 +2,7 @@
 
 from pydantic import ValidationError
 
-from data_contracts.kinds import KINDS, RESERVED_COLUMNS, Kind
+from data_contracts.kinds import KINDS, RESERVED_COLUMNS, TOOLS, Kind
 from data_contracts.layouts import layout_of
 
 _SAID = {
@@ -12,7 +12,34 @@ _SAID = {
     "list_type": "must be a list of messages, not {}",
     "model_type": "must be a message with role and content, not {}",
     "model_attributes_type": "must be a message with role and content, not {}",
-    "too_short": "has no messages",
+    "bool_type": "must be true or false, not {}",
+    "dict_type": "must be an object, not {}",
+    "too_short": "is empty",
+}
+
+
+# What makes rows of one kind those of another: our own renaming of columns, or a line of `datasets` as TRL documents it.
+_TAKE = "Take of them columns {{{}}}"
+_TO_MESSAGES = (
+    'Join them: dataset.map(lambda row: {{"messages": row["prompt"] + row["{0}"]}}, remove_columns=dataset.column_names)'
+)
+_CONVERSIONS = {
+    ("preference", "prompt_completion"): _TAKE.format("prompt: prompt, completion: chosen"),
+    ("preference", "prompt_only"): _TAKE.format("prompt: prompt"),
+    ("preference", "language_modeling"): _TO_MESSAGES.format("chosen"),
+    ("preference", "unpaired_preference"): "Split each pair: trl.unpair_preference_dataset(dataset)",
+    ("prompt_completion", "prompt_only"): _TAKE.format("prompt: prompt"),
+    ("prompt_completion", "language_modeling"): _TO_MESSAGES.format("completion"),
+    ("prompt_completion", "eval"): _TAKE.format("prompt: prompt, answer: completion"),
+    ("language_modeling", "prompt_completion"): (
+        'Split them: dataset.map(lambda row: {"prompt": row["messages"][:-1], "completion": row["messages"][-1:]}, '
+        'remove_columns="messages")'
+    ),
+    ("unpaired_preference", "prompt_only"): _TAKE.format("prompt: prompt"),
+    ("unpaired_preference", "prompt_completion"): (
+        'Keep what was liked: dataset.filter(lambda row: row["label"]).remove_columns("label")'
+    ),
+    ("stepwise_supervision", "prompt_only"): _TAKE.format("prompt: prompt"),
 }
 
 
@@ -21,9 +48,15 @@ def first_reason(error: ValidationError) -> str:
     details = error.errors(include_url=False)
     first = details[0]
     path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).removeprefix(".")
-    said = _SAID.get(first["type"], first["msg"][0].lower() + first["msg"][1:] + ", not {}")
+    said = _SAID.get(first["type"]) or _own_words(first)
     more = f" (and {len(details) - 1} more in this row)" if len(details) > 1 else ""
     return f"{path} {said.replace('{}', shown(first['input']))}{more}".strip()
+
+
+def _own_words(detail: dict) -> str:
+    if detail["type"] == "value_error":
+        return detail["msg"].removeprefix("Value error, ")
+    return detail["msg"][0].lower() + detail["msg"][1:] + ", not {}"
 
 
 def shown(value: object) -> str:
@@ -46,16 +79,39 @@ def refuse_other_columns(columns: set[str], kind: Kind, layout: str) -> None:
         raise ValueError(f"the columns {found} are those of layout {other!r}. Read it with that layout")
     if _fit(columns, kind):
         return
-    likely = next((it for it in KINDS.values() if _fit(columns, it) and not it.extra_columns), None)
-    if likely:
-        raise ValueError(f"these look like {likely.name} rows ({found}); {kind.explain()}")
+    if (likely := _nearest(columns)) and likely != kind:
+        way = _CONVERSIONS.get((likely.name, kind.name))
+        raise ValueError(f"these look like {likely.name} rows ({found}); {kind.explain()}{f'. {way}' if way else ''}")
     if not columns & {*kind.standard, *kind.conversational}:
-        raise ValueError(f"the columns are {found}; {kind.explain()}")
+        raise ValueError(f"the columns are {found}; {kind.explain()}. Say which is which: columns {{{kind.standard[0]}: …}}")
+    own = [name for name in kind.columns("standard") + kind.columns("conversational") if name in columns]
+    more = columns - {*own, TOOLS}
+    if more and _fit(set(own), kind):
+        named = ", ".join(f"{name}: {name}" for name in dict.fromkeys(own))
+        raise ValueError(f"has more columns than {kind.name} rows: {', '.join(sorted(more))}. Leave them: columns {{{named}}}")
+
+
+def _nearest(columns: set[str]) -> Kind | None:
+    """Return the kind whose columns these are, whatever else the rows have; the one that names most of them."""
+    fitting = [kind for kind in KINDS.values() if not kind.extra_columns and _has(columns, kind)]
+    return max(fitting, key=lambda kind: len(kind.columns("standard")), default=None)
+
+
+def _has(columns: set[str], kind: Kind) -> bool:
+    return any(own <= columns for own in _own(kind))
+
+
+def _own(kind: Kind) -> list[set[str]]:
+    """Return the sets of columns that rows of a kind may have."""
+    own = [set(kind.columns("standard"))] + ([set(kind.columns("conversational"))] if kind.conversational else [])
+    if kind.name == "preference":  # the prompt is then what both begin with
+        own.append({"chosen", "rejected"})
+    if kind.name == "unpaired_preference":  # the reply is then the last turn
+        own.append({"messages", "label"})
+    return own
 
 
 def _fit(columns: set[str], kind: Kind) -> bool:
-    if kind.name == "preference" and columns == {"chosen", "rejected"}:
-        return True  # the prompt is then what both begin with
-    wanted = (set(kind.columns("standard")), set(kind.columns("conversational")))
     more = kind.extra_columns and not columns & RESERVED_COLUMNS
-    return any(columns == own or (more and own <= columns) for own in wanted)
+    given = columns - {TOOLS} if kind.takes_tools else columns
+    return any(given == own or (more and own <= columns) for own in _own(kind))

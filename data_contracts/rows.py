@@ -4,6 +4,7 @@
 JSON quotes to the text of 48,000 of 200,000 good rows and more, without a word. polars and DuckDB coerce or drop.
 """
 
+import json
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,12 +13,15 @@ from pathlib import Path
 import pyarrow as pa
 from pydantic import ValidationError
 
-from data_contracts.kinds import RESERVED_COLUMNS, Form, Kind, kind_of, row_model
+from data_contracts.kinds import RESERVED_COLUMNS, TOOLS, Form, Kind, ToolMessage, kind_of, row_model
 from data_contracts.layouts import check_layout, to_trl
 from data_contracts.reasons import first_reason, refuse_other_columns, shown
 from data_contracts.sources import KIND_METADATA, Unreadable, raw_rows
 
 MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+# Of conversations with tools; `tool_calls` is JSON, as each call has arguments of its own.
+TOOL_MESSAGES = pa.list_(pa.struct([(name, pa.string()) for name in ToolMessage.model_fields]))
+_LABELS = {bool: pa.bool_(), list[bool]: pa.list_(pa.bool_())}
 _SCALARS = {str: pa.string(), bool: pa.bool_(), int: pa.int64(), float: pa.float64()}
 _PROBLEMS_MAX = 1000  # kept in the exception; the count goes on
 _CHUNK_ROWS = 10_000
@@ -106,6 +110,7 @@ class _Reading:
     set_aside: list[SetAside]
     keep_rest: bool
     form: Form | None = None
+    with_tools: bool = False
     extras: dict[str, type] = field(default_factory=dict)
     settled_by: int = 0  # 1-based line of the first good row
     pending: list[dict] = field(default_factory=list)
@@ -138,19 +143,25 @@ class _Reading:
             value = _taken(value, self.columns)
         refuse_other_columns(set(value), self.kind, self.layout)
         row = to_trl(value, self.layout, self.kind)
-        form = "conversational" if isinstance(row.get(self.kind.conversational[0]), list) else "standard"
-        if not self.settled_by or form == self.form:
-            row = row_model(self.kind, form).model_validate(row).model_dump()
-        else:
+        form = _form(row, self.kind)
+        with_tools = self.kind.takes_tools and form == "conversational" and TOOLS in row
+        if self.settled_by and form != self.form:
             raise ValueError(f"{form}, but line {self.settled_by} is {self.form}; a dataset is one or the other")
-        extras = _extras(row, self.kind.columns(form))
-        self._settle(form, extras, line)
-        return row
+        if self.settled_by and with_tools != self.with_tools:
+            here, first = ("has" if it else "has no" for it in (with_tools, self.with_tools))
+            raise ValueError(f"{here} tools, but line {self.settled_by} {first}. Give every row the column, [] where none")
+        if not with_tools:
+            _refuse_calls(row, self.kind.fields(form))
+        row = row_model(self.kind, form, with_tools).model_validate(row).model_dump()
+        _refuse_uneven(row, self.kind)
+        extras = _extras(row, (*self.kind.columns(form), TOOLS) if with_tools else self.kind.columns(form))
+        self._settle(form, with_tools, extras, line)
+        return _canonical_tools(row, self.kind.fields(form)) if with_tools else row
 
-    def _settle(self, form: Form, extras: dict[str, type], line: int) -> None:
+    def _settle(self, form: Form, with_tools: bool, extras: dict[str, type], line: int) -> None:
         """Let the first good row fix the form and the types of extra columns, and hold every other row to it."""
         if not self.settled_by:
-            self.form, self.extras, self.settled_by = form, extras, line
+            self.form, self.with_tools, self.extras, self.settled_by = form, with_tools, extras, line
         if extras == self.extras:
             return
         for name in sorted(self.extras.keys() | extras.keys()):
@@ -169,9 +180,11 @@ class _Reading:
         self.pending = []
 
     def _schema(self) -> pa.Schema:
-        text = pa.string() if self.form == "standard" else MESSAGES
+        text = pa.string() if self.form == "standard" else TOOL_MESSAGES if self.with_tools else MESSAGES
         fields = [(name, text) for name in self.kind.fields(self.form)]
-        fields += [(name, pa.string()) for name in self.kind.strings]
+        fields += [(name, pa.string()) for name in self.kind.strings + ((TOOLS,) if self.with_tools else ())]
+        fields += [(name, pa.list_(pa.string())) for name in self.kind.steps]
+        fields += [(name, _LABELS[type_]) for name, type_ in self.kind.labels.items()]
         fields += [(name, _SCALARS[type_]) for name, type_ in self.extras.items()]
         return pa.schema([*fields, ("row", pa.int64())], metadata={KIND_METADATA: self.kind.name.encode()})
 
@@ -179,6 +192,39 @@ class _Reading:
         if self.pending:
             self._flush()
         return pa.Table.from_batches(self.batches, schema=self._schema())
+
+
+def _form(row: dict, kind: Kind) -> Form:
+    first = kind.conversational[:1]
+    return "conversational" if first and isinstance(row.get(first[0]), list) else "standard"
+
+
+def _refuse_calls(row: dict, fields: tuple[str, ...]) -> None:
+    """Refuse tool calls in rows that do not say which tools there are: the template could not show them to the model."""
+    turns = [turn for name in fields if isinstance(row.get(name), list) for turn in row[name] if isinstance(turn, dict)]
+    if any(turn.get("tool_calls") for turn in turns):
+        raise ValueError(f"has tool_calls and no column {TOOLS!r}. Give every row its tools, as JSON Schemas; [] where none")
+
+
+def _refuse_uneven(row: dict, kind: Kind) -> None:
+    for steps, labels in zip(kind.steps, kind.labels, strict=False):
+        if len(row[steps]) != len(row[labels]):
+            raise ValueError(f"has {len(row[steps])} {steps} and {len(row[labels])} {labels}; each step has one label")
+
+
+def _canonical_tools(row: dict, fields: tuple[str, ...]) -> dict:
+    """Return the row with its tools, and each turn's calls, as JSON."""
+    texts = {name: [turn | {"tool_calls": _calls(turn["tool_calls"])} for turn in row[name]] for name in fields}
+    tools = row[TOOLS]
+    return row | texts | {TOOLS: tools if isinstance(tools, str) else json.dumps(tools, ensure_ascii=False)}
+
+
+def _calls(calls: list[dict] | None) -> str | None:
+    """Return the calls as JSON, without an id where there was none: some templates write it."""
+    if calls is None:
+        return None
+    kept = [{name: value for name, value in call.items() if value is not None} for call in calls]
+    return json.dumps(kept, ensure_ascii=False)
 
 
 def _taken(row: dict, columns: dict[str, str]) -> dict:

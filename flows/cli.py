@@ -78,15 +78,20 @@ def validate(
     profile: Annotated[str | None, typer.Argument(help="a profile, whose datasets are all held to their contracts")] = None,
     overrides: Overrides = None,
     kind: Annotated[str | None, typer.Option(help="kind of rows, with --data")] = None,
-    data: Annotated[Path | None, typer.Option(help="one file or folder, instead of a profile")] = None,
+    data: Annotated[str | None, typer.Option(help="a file, a folder or hub:OWNER/NAME@REVISION, instead of a profile")] = None,
     layout: Annotated[str, typer.Option(help="trl, sharegpt or alpaca, with --data")] = "trl",
+    columns: Annotated[str, typer.Option(help="the kind's columns by the source's, OURS=THEIRS,…, with --data")] = "",
+    model: Annotated[Path | None, typer.Option(help="a model whose tokenizer and template read the rows, with --data")] = None,
 ) -> None:
     """Hold datasets to their contracts; nothing is trained. Leaves a report and every bad row in runs/.validations/."""
     from flows import terminal, validation
 
     if (profile is None) == (data is None) or (kind is None) != (data is None):
         raise typer.BadParameter("give a profile, or --kind together with --data")
-    verdicts = validation.of_profile(profile, overrides) if profile else validation.of_file(data, kind, layout, overrides)
+    if profile is not None:
+        verdicts = validation.of_profile(profile, overrides)
+    else:
+        verdicts = validation.of_file(data, kind, layout, validation.column_names(columns), model, overrides)
     terminal.show_verdicts(verdicts)
 
 

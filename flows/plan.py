@@ -18,7 +18,7 @@ from tasks.prepare_data import find_base_model, prepare_stage
 from tasks.train_policy import policy_stage
 from tasks.train_reward_model import reward_model_stage
 from tasks.train_sft import sft_stage
-from tasks.validate_data import identify, locate_dataset
+from tasks.validate_data import identify, locate_dataset, tokens_of
 
 
 def plan(profile: Profile) -> list[dict[str, Any]]:
@@ -31,8 +31,8 @@ def plan(profile: Profile) -> list[dict[str, Any]]:
         )
     if made or not recipe.prepare or not recipe.base_model.prepared:
         base = find_base_model(profile, made)
-    held_out = look.dataset("eval", made, None)
-    data = {name: look.dataset(name, made, held_out) for name in wanted_datasets(recipe)}
+    held_out = look.dataset("eval", made, base, None)
+    data = {name: look.dataset(name, made, base, held_out) for name in wanted_datasets(recipe)}
     sft = look.stage("sft", sft_stage, base, data["sft"]) if recipe.sft else None
     pairs = data.get("preference")
     reward_model = look.stage("reward_model", reward_model_stage, base, pairs) if recipe.reward_model else None
@@ -63,12 +63,12 @@ class _Lookup:
         placement = self.profile.placement.of("policy" if name in ("grpo", "dpo") else name)
         return self._find(name, name, built.identity(placement))
 
-    def dataset(self, name: str, made: Artifact | None, held_out: Artifact | None) -> Artifact | None:
+    def dataset(self, name: str, made: Artifact | None, base: Artifact | None, held_out: Artifact | None) -> Artifact | None:
         dataset, stage = getattr(self.profile.recipe.datasets, name), f"validate-{name}"
-        if (dataset.prepared and made is None) or (name != "eval" and held_out is None):
+        if (dataset.prepared and made is None) or base is None or (name != "eval" and held_out is None):
             return self._add(stage, None, ["an input of it would be built first"])
         source = locate_dataset(f"recipe.datasets.{name}", dataset, made)
-        return self._find(stage, "dataset", identify(dataset, source, held_out))
+        return self._find(stage, "dataset", identify(dataset, source, held_out, tokens_of(self.profile, name, base)))
 
     def _find(self, stage: str, folder: str, identity: dict[str, Any]) -> Artifact | None:
         key = fingerprint(identity)

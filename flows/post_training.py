@@ -88,8 +88,8 @@ def run_stages(run: PipelineRun) -> None:
         made = done(run, start(prepare_data, run, find_base_model(run.profile, None) if recipe.prepare.base_model else None))
         made = run.store.fetch(made)
     base = find_base_model(run.profile, made)
-    held_out = run.store.fetch(done(run, start(validate_data, run, "eval", made, None)))
-    validations = {name: start(validate_data, run, name, made, held_out) for name in wanted_datasets(recipe)}
+    held_out = run.store.fetch(done(run, start(validate_data, run, "eval", made, base, None)))
+    validations = {name: start(validate_data, run, name, made, base, held_out) for name in wanted_datasets(recipe)}
     data = all_done(run, validations)
 
     training = {}

@@ -6,21 +6,30 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from profiles.schema import Dataset, Profile
-from tasks.artifacts import Artifact, disk_errors
+import yaml
+
+from profiles.schema import Dataset, Profile, StagePlacement
+from tasks.artifacts import Artifact, disk_errors, local_model
 from tasks.check_profile import load_profile
 from tasks.environment import home
 from tasks.errors import ContractBroken, ProfileError
 from tasks.fingerprints import fingerprint, tree_digest
 from tasks.pipeline_run import store
 from tasks.prepare_data import find_base_model, prepare_stage
-from tasks.validate_data import hold_to_contract, locate_dataset, refusal
+from tasks.token_facts import TRAINERS, Tokens, Use
+from tasks.validate_data import hold_to_contract, locate_dataset, refusal, tokens_of
 
 Verdicts = list[tuple[str, Path, Any]]  # what was judged, where its report is, the verdict
 
 
-def of_file(data: Path, kind: str, layout: str, overrides: list[str] | None) -> Verdicts:
-    """Judge one file, with `contract.NAME=NUMBER` over its contract's limits; raises ContractBroken if it violates it."""
+def of_file(
+    data: str, kind: str, layout: str, columns: dict[str, str], model: Path | None, overrides: list[str] | None
+) -> Verdicts:
+    """Judge one file, folder or dataset of the hub (`hub:OWNER/NAME@REVISION`); raises ContractBroken if it is broken.
+
+    With a `model` the rows are also read as the usual trainer of their kind reads them. Overrides are `contract.NAME=NUMBER`
+    over the contract's limits and `args.NAME=VALUE`, arguments of that trainer.
+    """
     from data_contracts.kinds import KINDS
     from data_contracts.layouts import LAYOUTS
 
@@ -28,17 +37,43 @@ def of_file(data: Path, kind: str, layout: str, overrides: list[str] | None) -> 
         raise ProfileError(f"--kind is {kind!r}; there is: {', '.join(KINDS)}.")
     if layout not in LAYOUTS:
         raise ProfileError(f"--layout is {layout!r}; there is: {', '.join(LAYOUTS)}.")
-    if not data.exists():
-        raise ProfileError(f"--data is {str(data)!r}: there is no such file.")
-    dataset = Dataset(path=str(data), kind=kind, layout=layout, contract=_limits(overrides or []))
+    limits, args = _settings(overrides or [], with_model=model is not None)
+    how = {"kind": kind, "layout": layout, "columns": columns, "contract": limits}
+    dataset = Dataset(**_origin(data), **how)
+    source = locate_dataset("--data", dataset, None)
+    tokens = _usual_reader(kind, args, model) if model else None
     folder = _findings()
-    return _passed([(str(data), folder, _judge(dataset, data, None, folder))])
+    return _passed([(data, folder, _judge(dataset, source, None, folder, tokens))])
+
+
+def column_names(text: str) -> dict[str, str]:
+    """Return `prompt=question,answer=solution` as the kind's names to the source's."""
+    pairs = [part.partition("=") for part in text.split(",") if part]
+    if any(not ours or not theirs for ours, _, theirs in pairs):
+        raise ProfileError(f"--columns is {text!r}; write OURS=THEIRS,…, as in prompt=question,completion=answer.")
+    return {ours: theirs for ours, _, theirs in pairs}
+
+
+def _origin(data: str) -> dict[str, str]:
+    if not data.startswith("hub:"):
+        return {"path": data}
+    name, _, revision = data.removeprefix("hub:").partition("@")
+    return {"hub": name, "revision": revision or "main"}
+
+
+def _usual_reader(kind: str, args: dict[str, Any], model: Path) -> Tokens:
+    """Return how the trainer that most use for rows of this kind reads them."""
+    if kind not in TRAINERS:
+        raise ProfileError(f"--model: no trainer of posttrain reads {kind} rows yet. Leave it out.")
+    base = local_model("--model", model)
+    return Tokens(base, [Use(TRAINERS[kind], TRAINERS[kind], args)], StagePlacement())
 
 
 def of_profile(name: str, overrides: list[str] | None) -> Verdicts:
     """Judge every dataset of a profile that is there; what the prepare stage makes is there once a run has made it."""
     profile = load_profile(name, overrides)
     data, made = profile.recipe.datasets, _made(profile)
+    base = find_base_model(profile, made) if made or not profile.recipe.base_model.prepared else None
     verdicts: Verdicts = []
     findings = _findings()
     with tempfile.TemporaryDirectory() as folder:
@@ -51,10 +86,12 @@ def of_profile(name: str, overrides: list[str] | None) -> Verdicts:
             output, found = Path(folder) / field, findings / field
             output.mkdir()
             found.mkdir()
-            verdict = hold_to_contract(dataset, source, held_out, output, found)
+            tokens = tokens_of(profile, field, base) if base else None
+            verdict = hold_to_contract(dataset, source, held_out, output, found, tokens).verdict
             verdicts.append((f"recipe.datasets.{field}  {source}", found, verdict))
             if field == "eval":
-                held_out = Artifact("dataset", str(output), "", tree_digest(source))
+                contract = {"contract": verdict.to_dict()}
+                held_out = Artifact("dataset", str(output), "", tree_digest(source), details=contract)
     if not verdicts:
         raise ProfileError(
             f"every dataset of {name} is made by its prepare stage, which has not run: `posttrain run {name}` makes and "
@@ -63,18 +100,22 @@ def of_profile(name: str, overrides: list[str] | None) -> Verdicts:
     return _passed(verdicts)
 
 
-def _limits(overrides: list[str]) -> dict[str, float]:
-    """Return the limits that `--set contract.NAME=NUMBER` sets; anything else would be a setting of a profile."""
-    limits = {}
+def _settings(overrides: list[str], with_model: bool) -> tuple[dict[str, float], dict[str, Any]]:
+    """Return the limits that `--set contract.NAME=NUMBER` sets, and the trainer's `--set args.NAME=VALUE`."""
+    limits, args = {}, {}
     for text in overrides:
-        name, _, value = text.removeprefix("contract.").partition("=")
-        try:
-            limits[name] = int(value) if value.isdigit() else float(value)
-        except ValueError:
-            value = ""
-        if not value or not text.startswith("contract."):
-            raise ProfileError(f"--set {text!r}: with --data there is no profile, only limits: --set contract.NAME=NUMBER.")
-    return limits
+        name, _, value = text.partition("=")
+        given = yaml.safe_load(value)
+        if name.startswith("contract.") and isinstance(given, int | float):
+            limits[name.removeprefix("contract.")] = given
+        elif name.startswith("args.") and value and with_model:
+            args[name.removeprefix("args.")] = given
+        else:
+            raise ProfileError(
+                f"--set {text!r}: with --data there is no profile, only limits and, with --model, the trainer's arguments: "
+                "--set contract.NAME=NUMBER, --set args.NAME=VALUE."
+            )
+    return limits, args
 
 
 def _made(profile: Profile) -> Artifact | None:
@@ -95,9 +136,9 @@ def _findings() -> Path:
     return folder
 
 
-def _judge(dataset: Dataset, source: Path, held_out: Artifact | None, findings: Path) -> Any:
+def _judge(dataset: Dataset, source: Path, held_out: Artifact | None, findings: Path, tokens: Tokens | None) -> Any:
     with tempfile.TemporaryDirectory() as folder:
-        return hold_to_contract(dataset, source, held_out, Path(folder), findings)
+        return hold_to_contract(dataset, source, held_out, Path(folder), findings, tokens).verdict
 
 
 def _passed(verdicts: Verdicts) -> Verdicts:

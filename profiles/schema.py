@@ -61,7 +61,15 @@ class BaseModelOrigin(Origin):
     licence: str | None = Field(None, description="licence of the base model, repeated in the export's model card")
 
 
-Kind = Literal["language_modeling", "prompt_completion", "preference", "prompt_only", "eval"]
+Kind = Literal[
+    "language_modeling",
+    "prompt_completion",
+    "preference",
+    "unpaired_preference",
+    "stepwise_supervision",
+    "prompt_only",
+    "eval",
+]
 
 
 class Dataset(Origin):

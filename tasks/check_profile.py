@@ -13,6 +13,7 @@ from tasks.errors import MachineUnfit, ProfileError
 from tasks.fingerprints import PROJECT, code_digest, fingerprint, library_versions
 from tasks.local_job import job_environment, job_python
 from tasks.pipeline_run import write_json
+from tasks.token_facts import uses_of
 
 CONFIG_CLASS = {"sft": "SFTConfig", "reward_model": "RewardConfig", "grpo": "GRPOConfig", "dpo": "DPOConfig"}
 TIMEOUT_SECONDS = 300  # importing TRL from a cold disk
@@ -66,7 +67,8 @@ def check_limits(recipe: Recipe) -> None:
         from data_contracts.contract import ContractInvalid, contract_for
 
         try:
-            contract_for(dataset.kind).with_limits(dataset.contract)
+            methods = {use.stage: use.method for use in uses_of(recipe, name)}
+            contract_for(dataset.kind).with_tokens(methods).with_limits(dataset.contract)
         except ContractInvalid as error:
             raise ProfileError(f"recipe.datasets.{name}.contract: {error}") from None
 

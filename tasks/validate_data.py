@@ -9,7 +9,7 @@ from prefect import State, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
-from profiles.schema import Dataset
+from profiles.schema import Dataset, Profile
 from tasks import hub
 from tasks.artifacts import Artifact, disk_errors
 from tasks.build import cached
@@ -18,20 +18,24 @@ from tasks.fingerprints import PROJECT, code_digest, file_digest, fingerprint, t
 from tasks.monitoring import mlflow_runs
 from tasks.pipeline_run import PipelineRun, recorded
 from tasks.prepare_data import locate
+from tasks.token_facts import Tokens, uses_of
 
 log = logging.getLogger("posttrain")
 
 
 @task(task_run_name="validate-{name}", tags=["stage:validate"], cache_policy=NO_CACHE, persist_result=False)
-def validate_data(run: PipelineRun, name: str, made: Artifact | None, held_out: Artifact | None) -> Artifact | State:
-    """Return the dataset `recipe.datasets.<name>` as canonical Parquet with its contract's verdict beside it.
+def validate_data(
+    run: PipelineRun, name: str, made: Artifact | None, base: Artifact, held_out: Artifact | None
+) -> Artifact | State:
+    """Return the dataset `recipe.datasets.<name>` as canonical Parquet, its contract's verdict in its details.
 
-    `held_out` is the validated eval set, whose prompts no training row may repeat. Raises ContractBroken with the rows,
-    the rules and the harm; ProfileError if there is nothing to read.
+    `base` is the model whose tokenizer and template the rows must suit, `held_out` the validated eval set, whose prompts no
+    training row may repeat. Raises ContractBroken with the rows, the rules and the harm; ProfileError if nothing can be read.
     """
     dataset: Dataset = getattr(run.profile.recipe.datasets, name)
     source = locate_dataset(f"recipe.datasets.{name}", dataset, made)
-    identity = identify(dataset, source, held_out)
+    tokens = tokens_of(run.profile, name, run.store.fetch(base))
+    identity = identify(dataset, source, held_out, tokens)
     key, stage = fingerprint(identity), f"validate-{name}"
     if (hit := run.store.find("dataset", key)) is not None:
         return cached(run, stage, hit)
@@ -44,14 +48,16 @@ def validate_data(run: PipelineRun, name: str, made: Artifact | None, held_out: 
         record.mlflow_run_id = mlflow_run_id
         findings = run.work(stage)
         try:
-            verdict = hold_to_contract(dataset, source, held_out, staged, findings)
+            judged = hold_to_contract(dataset, source, held_out, staged, findings, tokens)
         finally:
             mlflow_runs.log_folder(mlflow_run_id, findings)
+        verdict = judged.verdict
         _show(verdict, stage, mlflow_run_id)
         if not verdict.passed:
             raise ContractBroken(refusal(f"recipe.datasets.{name} ({source})", verdict, findings))
         counts = {"num_rows": float(verdict.n_rows), "data/quarantined_rows": float(verdict.n_set_aside)}
-        artifact = Artifact("dataset", str(staged), key, "", counts, {}, mlflow_run_id)
+        details = {"contract": verdict.to_dict(), "tokens": tokens.totals(judged.facts)}
+        artifact = Artifact("dataset", str(staged), key, "", counts, details, mlflow_run_id)
         artifact = run.store.commit(staged, artifact, identity)
         record.artifact, record.metrics = artifact.path, artifact.metrics
         mlflow_runs.log_dataset(mlflow_run_id, name, artifact.path, artifact.digest, dataset.kind)
@@ -66,10 +72,18 @@ def refusal(what: str, verdict: Any, findings: Path) -> str:
     return f"{what} violates its contract. Report and every bad row: {findings}\n{verdict.to_text()}"
 
 
-def hold_to_contract(dataset: Dataset, source: Path, held_out: Artifact | None, output: Path, findings: Path) -> Any:
-    """Write rows.parquet and contract.json into `output` and return the verdict; raises ContractBroken for bad rows.
+def tokens_of(profile: Profile, name: str, base: Artifact) -> Tokens:
+    """Return how the trainers of `recipe.datasets.<name>` will read its rows."""
+    return Tokens(base, uses_of(profile.recipe, name), profile.placement.default)
 
-    `findings` gets what a person looks at: contract.html, Great Expectations' own result, and quarantine.jsonl if a row is bad.
+
+def hold_to_contract(
+    dataset: Dataset, source: Path, held_out: Artifact | None, output: Path, findings: Path, tokens: Tokens | None
+) -> Any:
+    """Write rows.parquet into `output` and return what was judged; raises ContractBroken where nothing could be.
+
+    Without `tokens` nothing is asked that needs a tokenizer. `findings` gets what a person looks at: contract.html, Great
+    Expectations' own result, and quarantine.jsonl if a row is bad.
     """
     import pyarrow.parquet
 
@@ -78,14 +92,14 @@ def hold_to_contract(dataset: Dataset, source: Path, held_out: Artifact | None, 
     from data_contracts.rows import RowsRefused
 
     try:
-        contract = contract_for(dataset.kind).with_limits(dataset.contract)
+        contract = contract_for(dataset.kind).with_tokens(tokens.methods() if tokens else {}).with_limits(dataset.contract)
     except ContractInvalid as error:
         raise ProfileError(f"contract of {source}: {error}") from None
     try:
         how = dataset.model_dump(include={"layout", "columns", "start", "stop"})
         rows = None if held_out is None else pyarrow.parquet.read_table(held_out / "rows.parquet")
         hidden = None if rows is None else HeldOut.of(rows, _kind(held_out))
-        judged = judge_source(source, contract, hidden, how, findings / FILE)
+        judged = judge_source(source, contract, hidden, how, findings / FILE, tokens.facts if tokens else None)
     except RowsRefused as error:
         rows = f"\nThe bad rows: {findings / FILE}" if (findings / FILE).is_file() else ""
         raise ContractBroken(f"{error}{rows}") from None
@@ -93,10 +107,9 @@ def hold_to_contract(dataset: Dataset, source: Path, held_out: Artifact | None, 
         raise ProfileError(f"{source} cannot be read as asked: {error}") from None
     with disk_errors(output):
         pyarrow.parquet.write_table(judged.table, output / "rows.parquet", compression="zstd")
-        (output / "contract.json").write_text(json.dumps(judged.verdict.to_dict(), indent=1))
         (findings / "contract.html").write_text(judged.verdict.to_html(str(source)), encoding="utf-8")
         (findings / "great_expectations.json").write_text(json.dumps(judged.verdict.gx_result, indent=1))
-    return judged.verdict
+    return judged
 
 
 def locate_dataset(setting: str, dataset: Dataset, made: Artifact | None) -> Path:
@@ -109,20 +122,22 @@ def locate_dataset(setting: str, dataset: Dataset, made: Artifact | None) -> Pat
     return path
 
 
-def identify(dataset: Dataset, source: Path, held_out: Artifact | None) -> dict[str, Any]:
+def identify(dataset: Dataset, source: Path, held_out: Artifact | None, tokens: Tokens) -> dict[str, Any]:
     """Return what makes two validated datasets the same: the rows' bytes, how they are read, and what judges them."""
+    contracts = [PROJECT / "data_contracts" / f"{name}.yaml" for name in (dataset.kind, "tokens")]
     reading = dataset.model_dump(include={"kind", "layout", "columns", "start", "stop", "contract"})
     return {
         "stage": "dataset",
         "recipe": reading,
         "inputs": {"source": tree_digest(source), "held_out": held_out.digest if held_out else None},
         "code": code_digest("data_contracts.quarantine"),
-        "contract": file_digest(PROJECT / "data_contracts" / f"{dataset.kind}.yaml"),
+        "contract": {path.stem: file_digest(path) for path in contracts},
+        "tokens": tokens.identity(),
     }
 
 
 def _kind(held_out: Artifact) -> str:
-    return json.loads((held_out / "contract.json").read_text())["kind"]
+    return held_out.details["contract"]["kind"]
 
 
 def _show(verdict: Any, stage: str, mlflow_run_id: str) -> None:

@@ -11,7 +11,7 @@ from tasks.job_spec import JobResult, JobSpec
 from tasks.jobs import without_vllm  # noqa: F401
 from tasks.jobs.job import done, run
 from tasks.jobs.models import load_tokenizer, lora_config
-from tasks.jobs.training import rows, train, trl_args
+from tasks.jobs.training import prove_rows, rows, train, trl_args
 
 from trl import RewardConfig, RewardTrainer  # isort: skip
 
@@ -32,6 +32,7 @@ def main(spec: JobSpec) -> JobResult:
         processing_class=tokenizer,
         peft_config=lora_config(spec.config["lora"], "SEQ_CLS"),
     )
+    prove_rows(spec, trainer.train_dataset, trainer.eval_dataset)
     metrics = train(trainer, spec) | trainer.evaluate()
     if trainer.is_world_process_zero():
         trained = trainer.model.merge_and_unload() if spec.config["lora"] else trainer.model

@@ -1,5 +1,6 @@
 """The frame around every TRL trainer: its arguments, its rows, its listeners, and the proof that something moved."""
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from tasks.job_spec import JobSpec
 from tasks.jobs.callbacks import DriftHalt, MetricsFile, StopOnTerm, last_saved
+from tasks.jobs.conversations import with_tool_calls
 from tasks.jobs.job import Interrupted
 from tasks.jobs.models import on_cpu
 
+_IDS = ("input_ids", "prompt_ids", "chosen_ids", "rejected_ids")
 FROZEN_TOLERANCE = 1e-4  # of a tensor's largest value: float32 rounding of hundreds of merges and unmerges is below 1e-6
 
 
@@ -32,7 +35,27 @@ def trl_args(config_class: type, spec: JobSpec, **ours: Any) -> Any:
 def rows(spec: JobSpec, name: str) -> Dataset:
     """Return a validated dataset's rows, without the bookkeeping column."""
     dataset = Dataset.from_parquet(str(Path(spec.inputs[name]) / "rows.parquet"), cache_dir=str(spec.work / "cache"))
-    return dataset.remove_columns([c for c in ("row",) if c in dataset.column_names])
+    return with_tool_calls(dataset.remove_columns([c for c in ("row",) if c in dataset.column_names]))
+
+
+def prove_rows(spec: JobSpec, *prepared: Dataset, packing: bool = False) -> None:
+    """Raise RuntimeError unless the trainer's own datasets hold the rows and the tokens that the contract has judged.
+
+    What the contract says of lengths, masks and truncation was computed apart from TRL; here the two must meet. Packing joins
+    rows, so only their tokens are counted, and not where some are cut.
+    """
+    manifest = Path(spec.inputs["rows"]) / "manifest.json"
+    details = json.loads(manifest.read_text())["artifact"]["details"] if manifest.is_file() else {}
+    judged = details.get("tokens", {}).get(spec.stage)
+    if judged is None or (packing and judged["truncated"]):
+        return
+    tokens = sum(len(ids) for data in prepared for name in _IDS if name in data.column_names for ids in data[name])
+    num_rows = sum(map(len, prepared))
+    if tokens != judged["tokens"] or (not packing and num_rows != judged["rows"]):
+        raise RuntimeError(
+            f"the trainer prepared {num_rows} rows of {tokens} tokens where the contract judged {judged['rows']} rows of "
+            f"{judged['tokens']}: it would train on something else than what was validated"
+        )
 
 
 def train(trainer: Trainer, spec: JobSpec, num_rows: int | None = None) -> dict[str, float]:

@@ -52,6 +52,17 @@ _CLEAN = {
         "chosen": _assistant(f"{n}." if n % 2 else f"Gladly, here it is: {n}."),
         "rejected": _assistant("No, I will not."),
     },
+    ("unpaired_preference", "standard"): lambda n: {"prompt": f"Say {n}", "completion": f" {n}.", "label": n % 2 == 0},
+    ("unpaired_preference", "conversational"): lambda n: {
+        "prompt": _user(f"Say {n}"),
+        "completion": _assistant(f"{n}."),
+        "label": n % 2 == 0,
+    },
+    ("stepwise_supervision", "standard"): lambda n: {
+        "prompt": f"Say {n} twice",
+        "completions": [f"First: {n}.", f"Second: {n}."],
+        "labels": [True, n % 2 == 0],
+    },
     ("prompt_only", "standard"): lambda n: {"prompt": f"Say {n}", "solution": str(n), "weight": n / 2, "level": n},
     ("prompt_only", "conversational"): lambda n: {"prompt": _user(f"Say {n}"), "is_hard": n > 3},
     ("eval", "standard"): lambda n: {"prompt": f"Say {n}", "answer": str(n)},

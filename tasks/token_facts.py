@@ -1,0 +1,165 @@
+"""Asks the job environment, which has the tokenizer and TRL, how each trainer of a recipe will read a dataset's rows."""
+
+import json
+import subprocess
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from profiles.schema import Grpo, Recipe, StagePlacement
+from tasks.artifacts import Artifact, digest_of, disk_errors
+from tasks.environment import home
+from tasks.errors import JobFailed, MachineUnfit
+from tasks.fingerprints import code_digest, file_digest, fingerprint, library_versions
+from tasks.guard import guarded
+from tasks.local_job import GRACE_SECONDS, job_environment, job_python
+
+MODULE = "tasks.jobs.tokenize_rows"
+TRAINERS = {  # the usual one of each kind of row
+    "language_modeling": "sft",
+    "prompt_completion": "sft",
+    "preference": "dpo",
+    "unpaired_preference": "kto",
+    "prompt_only": "grpo",
+    "eval": "evaluate",
+}
+_TOKENIZER_ARGS = ("eos_token", "chat_template_path")
+_TOKENIZER_FILES = ("*token*", "vocab*", "merges*", "*.model", "chat_template*", "generation_config.json", "config.json")
+_ARGS = (
+    *("max_length", "truncation_mode", "packing", "packing_strategy", "completion_only_loss", "assistant_only_loss"),
+    *("max_completion_length", "dataset_text_field"),
+)
+
+
+@dataclass(frozen=True)
+class Use:
+    """A stage that reads rows: by which of its arguments, and with what SFT makes of the tokenizer."""
+
+    stage: str
+    method: str
+    args: dict[str, Any] = field(default_factory=dict)
+    tokenizer: dict[str, Any] = field(default_factory=dict)
+
+
+def uses_of(recipe: Recipe, name: str) -> list[Use]:
+    """Return the stages that read the dataset `recipe.datasets.<name>`, of those that read it through a template."""
+    changed = _only(recipe.sft.args, _TOKENIZER_ARGS) if recipe.sft else {}
+    policy = Use(recipe.policy.method, recipe.policy.method, _only(recipe.policy.args, _ARGS), changed)
+    if name == "sft":
+        return [Use("sft", "sft", _only(recipe.sft.args, _ARGS), changed)]
+    if name == "preference":
+        pairs = [policy] if not isinstance(recipe.policy, Grpo) else []
+        reward_model = recipe.reward_model
+        return pairs + ([Use("reward_model", "reward_model", _only(reward_model.args, _ARGS))] if reward_model else [])
+    if name == "prompts":
+        return [policy]
+    if recipe.datasets.eval.kind != "eval":
+        return []
+    return [Use("evaluate", "evaluate", {"max_completion_length": recipe.evaluate.max_new_tokens}, changed)]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """How rows are read by each of their trainers: the base model on this machine, and its uses."""
+
+    base: Artifact
+    uses: list[Use]
+    placement: StagePlacement
+
+    def identity(self) -> dict[str, Any]:
+        """Return what the facts depend on besides the rows."""
+        versions = library_versions(job_python(self.placement))
+        return {
+            "tokenizer": _tokenizer_digest(Path(self.base.path)),
+            "uses": [{"stage": use.stage, **_asked(use)} for use in self.uses],
+            "code": code_digest(MODULE),
+            "libraries": {name: versions[name] for name in ("transformers", "trl") if name in versions},
+        }
+
+    def methods(self) -> dict[str, str]:
+        return {use.stage: use.method for use in self.uses}
+
+    def totals(self, facts: pd.DataFrame) -> dict[str, dict[str, int]]:
+        """Return for each stage that trains how many rows and tokens its trainer must end up with."""
+        trained = [use.stage for use in self.uses if f"{use.stage}_n_prepared" in facts]
+        return {
+            stage: {
+                "rows": int((~facts[f"{stage}_is_dropped"]).sum()),
+                "tokens": int(facts[f"{stage}_n_prepared"].sum()),
+                "truncated": int(facts[f"{stage}_is_truncated"].sum()),
+            }
+            for stage in trained
+        }
+
+    def facts(self, rows: pa.Table) -> pd.DataFrame:
+        """Return `row` and, named `<stage>_<fact>`, the facts about it for each use; those that are known are not asked again.
+
+        Raises MachineUnfit if the job environment does not answer, JobFailed with what it said if it fails.
+        """
+        known = pd.DataFrame({"row": rows["row"].to_numpy()})
+        identity = self.identity()
+        with tempfile.TemporaryDirectory() as folder, disk_errors(Path(folder)):
+            file = Path(folder) / "rows.parquet"
+            pq.write_table(rows, file)
+            digest = file_digest(file)
+            for use in self.uses:
+                key = fingerprint(identity | {"uses": _asked(use), "rows": digest})
+                found = pd.read_parquet(self._kept(key, use, file)).set_index("row").add_prefix(f"{use.stage}_")
+                known = known.join(found, on="row")
+        return known
+
+    def _kept(self, key: str, use: Use, rows: Path) -> Path:
+        kept = home() / ".token_facts" / f"{key}.parquet"
+        if not kept.is_file():
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            made = rows.with_name(f"{use.stage}.parquet")
+            model = {"model": str(self.base.path), "context": _context(Path(self.base.path))}
+            request = rows.with_name("request.json")
+            request.write_text(json.dumps(model | _asked(use) | {"rows": str(rows), "output": str(made)}))
+            _run(self.placement, request)
+            partial = kept.with_name(f".{key}.{rows.parent.name}")
+            partial.write_bytes(made.read_bytes())
+            partial.rename(kept)
+        return kept
+
+
+def _run(placement: StagePlacement, request: Path) -> None:
+    command = guarded([str(job_python(placement)), "-m", MODULE, str(request)], GRACE_SECONDS)
+    env = job_environment(placement) | {"TOKENIZERS_PARALLELISM": "true"}
+    try:
+        # the guard ends the job when this process, which holds its pipe, is gone
+        with subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=env,
+            start_new_session=True,
+        ) as process:  # fmt: skip
+            said = process.stderr.read()
+    except OSError as error:
+        raise MachineUnfit(f"the job environment does not start: {error}. Run `posttrain doctor`.") from None
+    if process.returncode != 0:
+        raise JobFailed(f"the rows could not be read with the model's tokenizer: {said.strip()[-2000:]}")
+
+
+def _asked(use: Use) -> dict[str, Any]:
+    template = Path(use.tokenizer.get("chat_template_path") or "")
+    digest = {"template": file_digest(template)} if template.is_file() else {}
+    return {"method": use.method, "args": use.args, "tokenizer": use.tokenizer} | digest
+
+
+def _only(args: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    return {name: args[name] for name in names if name in args}
+
+
+def _context(model: Path) -> int | None:
+    """Return how many tokens the model was made for, None if its config does not say."""
+    config = model / "config.json"
+    return json.loads(config.read_text()).get("max_position_embeddings") if config.is_file() else None
+
+
+def _tokenizer_digest(model: Path) -> str:
+    files = {path.name: path for pattern in _TOKENIZER_FILES for path in model.glob(pattern) if path.is_file()}
+    return digest_of({name: file_digest(path) for name, path in files.items()})
