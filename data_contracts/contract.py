@@ -3,7 +3,7 @@
 import difflib
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -36,8 +36,8 @@ class Contract:
     version: str
     limits: dict[str, float]
     expectations: tuple[dict, ...]  # as the file spells them, `$limit` unresolved
+    columns: tuple[str, ...]  # of the table that is judged; none of them may be null
     loosened: tuple[str, ...] = ()
-    columns: tuple[str, ...] = ()  # the facts it judges
     quarantine_ratio_max: float = 0.0  # share of the rows that may be set aside so that the rest trains; 0: none
 
     def with_limits(self, limits: Mapping[str, float]) -> "Contract":
@@ -65,7 +65,7 @@ class Contract:
         `methods` are the stages that read the rows, each with its method; their columns are named `<stage>_<fact>`.
         """
         facts_by_stage = {stage: TOKEN_FACTS[method] for stage, method in methods.items()}
-        tokens = read_contract(_FOLDER / f"{TOKENS}.yaml")
+        tokens = read_contract(_FOLDER / f"{TOKENS}.yaml", columns=())
         asked = [
             {
                 **rule,
@@ -85,7 +85,7 @@ class Contract:
         )
 
     def resolved(self) -> list[dict]:
-        """Return what Great Expectations is given: every rule with its numbers, and one against nulls per fact."""
+        """Return what Great Expectations is given: every rule with its numbers, and one against nulls per column."""
         own = [{**rule, "kwargs": _resolve(rule["kwargs"], self.limits)} for rule in self.expectations]
         return own + [_not_null(self.kind, column) for column in self.columns]
 
@@ -127,12 +127,15 @@ def contract_for(kind: str) -> Contract:
     return read_contract(_FOLDER / f"{kind}.yaml")
 
 
-def read_contract(path: Path) -> Contract:
-    """Read a contract and refuse one that could pass bad rows by being wrong itself."""
+def read_contract(path: Path, columns: Sequence[str] | None = None) -> Contract:
+    """Read a contract and refuse one that could pass bad rows by being wrong itself.
+
+    `columns` are those of the table that it judges, where that is not the facts of a kind of row.
+    """
     spec = yaml.safe_load(path.read_text(encoding="utf-8"))
     if not isinstance(spec, dict) or set(spec) != {"kind", "version", "limits", "expectations"}:
         raise ContractInvalid(f"{path} must have exactly kind, version, limits and expectations")
-    if spec["kind"] not in (*KINDS, TOKENS) or not isinstance(spec["version"], str):
+    if (columns is None and spec["kind"] not in KINDS) or not isinstance(spec["version"], str):
         raise ContractInvalid(f"{path}: kind must be one of {', '.join(KINDS)}, and version a date in quotes")
     limits, rules = spec["limits"] or {}, spec["expectations"] or []
     for name, value in limits.items():
@@ -142,8 +145,8 @@ def read_contract(path: Path) -> Contract:
         if why := _not_a_rule(rule):
             raise ContractInvalid(f"{path}: expectation {number} {why}")
     _check_whole(path, spec["kind"], limits, rules)
-    columns = () if spec["kind"] == TOKENS else tuple(fact_columns(spec["kind"]))
-    return Contract(spec["kind"], spec["version"], limits, tuple(rules), columns=columns)
+    columns = fact_columns(spec["kind"]) if columns is None else columns
+    return Contract(spec["kind"], spec["version"], limits, tuple(rules), tuple(columns))
 
 
 def _not_a_rule(rule: object) -> str | None:
@@ -189,7 +192,9 @@ def _not_a_limit(name: str, value: object) -> str | None:
         return "a ratio lies between 0 and 1"
     if name.endswith("_min") and (not isinstance(value, int) or value < 1):
         return "it must be a whole number of at least 1, or an empty set would pass"
-    return None if name.endswith("_ratio_max") or value >= 1 else "it must be at least 1"
+    if name.endswith("_factor_max") and value < 1:
+        return "it must be at least 1"
+    return None if value >= 0 else "it must not be negative"
 
 
 def _is_wider(name: str, value: float, shipped: float) -> bool:

@@ -44,6 +44,15 @@ class Judged:
     verdict: Verdict
     set_aside: tuple[SetAside, ...]
 
+    def columns(self) -> dict[str, str]:
+        """Return the types of the rows' own columns."""
+        return {field.name: str(field.type) for field in self.table.schema if field.name != "row"}
+
+    def with_more(self, results: list[RuleResult]) -> "Judged":
+        """Return the same with more rules in the verdict."""
+        passed = self.verdict.passed and not any(result.status in ("ERROR", "FAIL") for result in results)
+        return replace(self, verdict=replace(self.verdict, passed=passed, results=(*self.verdict.results, *results)))
+
 
 def judge_source(
     source: Path,

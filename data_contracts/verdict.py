@@ -22,13 +22,14 @@ class RuleResult:
     rows: tuple[int, ...] = ()  # 1-based, as an editor shows the source; the first five
     example: str | None = None
     observed: object = None
+    unit: str = "rows"  # what is counted
 
     def finding(self) -> str:
         """Say in a few words what was found."""
         if self.status == "ERROR" or self.unexpected_count is None:
             return str(self.observed)
         share = f"{self.unexpected_count / self.total:.2%}" if self.total else "all"
-        return f"{self.unexpected_count:,} of {self.total:,} rows ({share})"
+        return f"{self.unexpected_count:,} of {self.total:,} {self.unit} ({share})"
 
 
 @dataclass(frozen=True)

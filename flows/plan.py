@@ -1,6 +1,5 @@
 """`posttrain plan`: for each stage a hit or a run, and which fields of its identity differ from the last time."""
 
-import json
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,12 +7,11 @@ from flows.post_training import wanted_datasets
 from profiles.schema import Grpo, Profile
 from tasks.artifacts import Artifact
 from tasks.build import Stage
-from tasks.environment import home
 from tasks.evaluate_policy import evaluate_stage
 from tasks.export_vllm import export_stage
 from tasks.fingerprints import fingerprint
 from tasks.merge_lora import merge_stage
-from tasks.pipeline_run import store
+from tasks.pipeline_run import last_manifests, store
 from tasks.prepare_data import find_base_model, prepare_stage
 from tasks.train_policy import policy_stage
 from tasks.train_reward_model import reward_model_stage
@@ -76,8 +74,8 @@ class _Lookup:
             if folder in ("prepare", "dataset"):  # the plan reads them, to see what follows
                 hit = store().fetch(hit)
             return self._add(stage, hit, [f"{folder}/{key}"])
-        last = _last_identity(self.profile.name, stage, folder)
-        return self._add(stage, None, ["never built"] if last is None else difference(last, identity))
+        last = next(last_manifests(self.profile.name, stage, folder), None)
+        return self._add(stage, None, ["never built"] if last is None else difference(last["identity"], identity))
 
     def _add(self, stage: str, artifact: Artifact | None, why: list[str]) -> Artifact | None:
         self.rows.append({"stage": stage, "status": "cached" if artifact else "run", "why": why})
@@ -99,13 +97,3 @@ def difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> li
 def _short(value: Any) -> str:
     text = str(value)
     return f"{text[:12]}…{fingerprint({'text': text})[:4]}" if len(text) >= 64 else text
-
-
-def _last_identity(profile: str, stage: str, folder: str) -> dict[str, Any] | None:
-    """Return what was fingerprinted when the profile last had this stage in the store."""
-    records = sorted((home() / profile).glob(f"*/stages/*-{stage}.json"), reverse=True)
-    for path in records:
-        record = json.loads(path.read_text())
-        if record["stage"] == stage and (identity := store().identity(folder, record["fingerprint"])):
-            return identity
-    return None

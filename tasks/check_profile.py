@@ -65,10 +65,13 @@ def check_limits(recipe: Recipe) -> None:
         if dataset is None or not dataset.contract:
             continue
         from data_contracts.contract import ContractInvalid, contract_for
+        from data_contracts.snapshot import drift_contract, split_limits
 
+        limits, drift_limits = split_limits(dataset.contract)
         try:
             methods = {use.stage: use.method for use in uses_of(recipe, name)}
-            contract_for(dataset.kind).with_tokens(methods).with_limits(dataset.contract)
+            contract_for(dataset.kind).with_tokens(methods).with_limits(limits)
+            drift_contract().with_limits(drift_limits)
         except ContractInvalid as error:
             raise ProfileError(f"recipe.datasets.{name}.contract: {error}") from None
 

@@ -162,3 +162,11 @@ def write_json(path: Path, content: Any) -> None:
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     beside.write_text(json.dumps(content, indent=1, sort_keys=False) + "\n", encoding="utf-8")
     os.replace(beside, path)
+
+
+def last_manifests(profile: str, stage: str, folder: str) -> Iterator[dict[str, Any]]:
+    """Yield the manifest of what each run of a profile had for a stage, of those still in the store, the newest run first."""
+    for path in sorted((home() / profile).glob(f"*/stages/*-{stage}.json"), reverse=True):
+        record = json.loads(path.read_text())
+        if record["stage"] == stage and (manifest := store().manifest(folder, record["fingerprint"])):
+            yield manifest

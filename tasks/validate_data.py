@@ -16,7 +16,7 @@ from tasks.build import cached
 from tasks.errors import ContractBroken, ProfileError
 from tasks.fingerprints import PROJECT, code_digest, file_digest, fingerprint, tree_digest
 from tasks.monitoring import mlflow_runs
-from tasks.pipeline_run import PipelineRun, recorded
+from tasks.pipeline_run import PipelineRun, last_manifests, recorded
 from tasks.prepare_data import locate
 from tasks.token_facts import Tokens, uses_of
 
@@ -48,7 +48,8 @@ def validate_data(
         record.mlflow_run_id = mlflow_run_id
         findings = run.work(stage)
         try:
-            judged = hold_to_contract(dataset, source, held_out, staged, findings, tokens)
+            last = last_snapshot(run.profile.name, stage, dataset)
+            judged = hold_to_contract(dataset, source, held_out, staged, findings, tokens, last)
         finally:
             mlflow_runs.log_folder(mlflow_run_id, findings)
         verdict = judged.verdict
@@ -56,7 +57,13 @@ def validate_data(
         if not verdict.passed:
             raise ContractBroken(refusal(f"recipe.datasets.{name} ({source})", verdict, findings))
         counts = {"num_rows": float(verdict.n_rows), "data/quarantined_rows": float(verdict.n_set_aside)}
-        details = {"contract": verdict.to_dict(), "tokens": tokens.totals(judged.facts)}
+        details = {
+            "contract": verdict.to_dict(),
+            "tokens": tokens.totals(judged.facts),
+            "snapshot": taken(judged),
+            "origin": _origin(dataset),
+        }
+        mlflow_runs.log_dict(mlflow_run_id, details["snapshot"], "snapshot.json")
         artifact = Artifact("dataset", str(staged), key, "", counts, details, mlflow_run_id)
         artifact = run.store.commit(staged, artifact, identity)
         record.artifact, record.metrics = artifact.path, artifact.metrics
@@ -78,21 +85,29 @@ def tokens_of(profile: Profile, name: str, base: Artifact) -> Tokens:
 
 
 def hold_to_contract(
-    dataset: Dataset, source: Path, held_out: Artifact | None, output: Path, findings: Path, tokens: Tokens | None
+    dataset: Dataset,
+    source: Path,
+    held_out: Artifact | None,
+    output: Path,
+    findings: Path,
+    tokens: Tokens | None,
+    last: dict[str, Any] | None = None,
 ) -> Any:
     """Write rows.parquet into `output` and return what was judged; raises ContractBroken where nothing could be.
 
-    Without `tokens` nothing is asked that needs a tokenizer. `findings` gets what a person looks at: contract.html, Great
-    Expectations' own result, and quarantine.jsonl if a row is bad.
+    Without `tokens` nothing is asked that needs a tokenizer, without the `last` snapshot nothing is compared. `findings` gets
+    what a person looks at: contract.html, Great Expectations' own result, and quarantine.jsonl if a row is bad.
     """
     import pyarrow.parquet
 
     from data_contracts.contract import ContractInvalid, contract_for
     from data_contracts.quarantine import FILE, HeldOut, judge_source
     from data_contracts.rows import RowsRefused
+    from data_contracts.snapshot import judge_drift, split_limits
 
+    limits, drift_limits = split_limits(dataset.contract)
     try:
-        contract = contract_for(dataset.kind).with_tokens(tokens.methods() if tokens else {}).with_limits(dataset.contract)
+        contract = contract_for(dataset.kind).with_tokens(tokens.methods() if tokens else {}).with_limits(limits)
     except ContractInvalid as error:
         raise ProfileError(f"contract of {source}: {error}") from None
     try:
@@ -105,11 +120,34 @@ def hold_to_contract(
         raise ContractBroken(f"{error}{rows}") from None
     except ValueError as error:
         raise ProfileError(f"{source} cannot be read as asked: {error}") from None
+    if last is not None:
+        judged = judged.with_more(judge_drift(last, judged.facts, judged.columns(), drift_limits))
     with disk_errors(output):
         pyarrow.parquet.write_table(judged.table, output / "rows.parquet", compression="zstd")
         (findings / "contract.html").write_text(judged.verdict.to_html(str(source)), encoding="utf-8")
         (findings / "great_expectations.json").write_text(json.dumps(judged.verdict.gx_result, indent=1))
     return judged
+
+
+def taken(judged: Any) -> dict[str, Any]:
+    """Return what the next set of this dataset is compared with."""
+    from data_contracts.snapshot import snapshot
+
+    return snapshot(judged.facts, judged.columns())
+
+
+def last_snapshot(profile: str, stage: str, dataset: Dataset) -> dict[str, Any] | None:
+    """Return the snapshot of the rows that this profile last accepted from the same place, read in the same way."""
+    for manifest in last_manifests(profile, stage, "dataset"):
+        details = manifest["artifact"]["details"]
+        if details.get("origin") == _origin(dataset):
+            return details["snapshot"]
+    return None
+
+
+def _origin(dataset: Dataset) -> dict[str, Any]:
+    """Return where rows come from and how they are read: another place or slice is a person's choice, and no drift."""
+    return dataset.model_dump(exclude={"contract", "revision"})
 
 
 def locate_dataset(setting: str, dataset: Dataset, made: Artifact | None) -> Path:
