@@ -36,7 +36,7 @@ def snapshot(facts: pd.DataFrame, columns: Mapping[str, str]) -> dict[str, Any]:
     """Return what later facts are compared with, ready for JSON: each fact's kind, its bins and the rows in each.
 
     `columns` are the types of the rows' own columns, by their names. `counts` has one entry more than `bins`, for what lies in
-    none: above the last edge, or another value. Raises ValueError for facts that no contract accepts: of no rows, or with nulls.
+    none: above the last edge, or another value. Raises ValueError for facts that no contract accepts: no rows, or nulls.
     """
     _refuse_gaps(facts)
     profiles = {name: _profile(facts[name]) for name in _measures(facts)}

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from profiles.schema import Dataset, Profile, StagePlacement
-from tasks.artifacts import Artifact, disk_errors, local_model
+from tasks.artifacts import Artifact, disk_errors
 from tasks.check_profile import load_profile
 from tasks.environment import home
 from tasks.errors import ContractBroken, ProfileError
@@ -17,7 +17,7 @@ from tasks.fingerprints import fingerprint, tree_digest
 from tasks.pipeline_run import store
 from tasks.prepare_data import find_base_model, prepare_stage
 from tasks.token_facts import TRAINERS, Tokens, Use
-from tasks.validate_data import hold_to_contract, locate_dataset, refusal, tokens_of
+from tasks.validate_data import hold_to_contract, last_snapshot, locate_dataset, refusal, tokens_of
 
 Verdicts = list[tuple[str, Path, Any]]  # what was judged, where its report is, the verdict
 
@@ -37,6 +37,8 @@ def of_file(
         raise ProfileError(f"--kind is {kind!r}; there is: {', '.join(KINDS)}.")
     if layout not in LAYOUTS:
         raise ProfileError(f"--layout is {layout!r}; there is: {', '.join(LAYOUTS)}.")
+    if not data.startswith("hub:") and not Path(data).exists():
+        raise ProfileError(f"--data is {data!r}: there is no such file or folder (looked from {Path.cwd()}).")
     limits, args = _settings(overrides or [], with_model=model is not None)
     how = {"kind": kind, "layout": layout, "columns": columns, "contract": limits}
     dataset = Dataset(**_origin(data), **how)
@@ -65,7 +67,9 @@ def _usual_reader(kind: str, args: dict[str, Any], model: Path) -> Tokens:
     """Return how the trainer that most use for rows of this kind reads them."""
     if kind not in TRAINERS:
         raise ProfileError(f"--model: no trainer of posttrain reads {kind} rows yet. Leave it out.")
-    base = local_model("--model", model)
+    if not any((model / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        raise ProfileError(f"--model is {str(model)!r}: the folder has no tokenizer.json or tokenizer_config.json.")
+    base = Artifact("base_model", str(model.absolute()), "", "")
     return Tokens(base, [Use(TRAINERS[kind], TRAINERS[kind], args)], StagePlacement())
 
 
@@ -87,7 +91,8 @@ def of_profile(name: str, overrides: list[str] | None) -> Verdicts:
             output.mkdir()
             found.mkdir()
             tokens = tokens_of(profile, field, base) if base else None
-            verdict = hold_to_contract(dataset, source, held_out, output, found, tokens).verdict
+            last = last_snapshot(profile.name, f"validate-{field}", dataset)
+            verdict = hold_to_contract(dataset, source, held_out, output, found, tokens, last).verdict
             verdicts.append((f"recipe.datasets.{field}  {source}", found, verdict))
             if field == "eval":
                 contract = {"contract": verdict.to_dict()}

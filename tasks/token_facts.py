@@ -50,14 +50,15 @@ def uses_of(recipe: Recipe, name: str) -> list[Use]:
     """Return the stages that read the dataset `recipe.datasets.<name>`, of those that read it through a template."""
     changed = _only(recipe.sft.args, _TOKENIZER_ARGS) if recipe.sft else {}
     policy = Use(recipe.policy.method, recipe.policy.method, _only(recipe.policy.args, _ARGS), changed)
+    samples = isinstance(recipe.policy, Grpo)
     if name == "sft":
-        return [Use("sft", "sft", _only(recipe.sft.args, _ARGS), changed)]
+        return [Use("sft", "sft", _only(recipe.sft.args, _ARGS), changed)] if recipe.sft else []
     if name == "preference":
-        pairs = [policy] if not isinstance(recipe.policy, Grpo) else []
         reward_model = recipe.reward_model
-        return pairs + ([Use("reward_model", "reward_model", _only(reward_model.args, _ARGS))] if reward_model else [])
+        judge = [Use("reward_model", "reward_model", _only(reward_model.args, _ARGS))] if reward_model else []
+        return judge if samples else [policy, *judge]
     if name == "prompts":
-        return [policy]
+        return [policy] if samples else []
     if recipe.datasets.eval.kind != "eval":
         return []
     return [Use("evaluate", "evaluate", {"max_completion_length": recipe.evaluate.max_new_tokens}, changed)]

@@ -182,6 +182,98 @@ def test_validate_of_a_profile_whose_rows_are_made_in_the_run_says_so(posttrain,
     assert_refused(done, 2, "posttrain run quickstart")
 
 
+# --- validate with a model --------------------------------------------------------------------------------------------------
+
+TURN = "{% for m in messages %}{{ '<|im_start|> ' + m.role + ' ' + m.content + ' <|im_end|> ' }}{% endfor %}"
+CHATML = TURN + "{% if add_generation_prompt %}{{ '<|im_start|> assistant ' }}{% endif %}"
+SPOKEN = [
+    {"prompt": [{"role": "user", "content": "Say it"}], "completion": [{"role": "assistant", "content": "it " * (n + 1)}]}
+    for n in range(8)
+]
+
+
+@pytest.fixture
+def tokenizer(tmp_path):
+    """Return a function that makes a folder with a tokenizer of a few words and this chat template."""
+
+    def make(template: str = CHATML) -> Path:
+        special = ["<|im_start|>", "<|im_end|>", "<|pad|>"]
+        vocabulary = [*special, "<|unk|>", "user", "assistant", "Say", "it", "A", "B"]
+        added = [{"id": n, "content": token, "special": True} for n, token in enumerate(special)]
+        rest = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        model = {"type": "WordLevel", "vocab": {word: n for n, word in enumerate(vocabulary)}, "unk_token": "<|unk|>"}
+        made = {"version": "1.0", "added_tokens": [token | rest for token in added], "model": model}
+        made |= {"pre_tokenizer": {"type": "WhitespaceSplit"}, "decoder": None, "normalizer": None, "post_processor": None}
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "pad_token": "<|pad|>"}
+        folder = tmp_path / "model"
+        folder.mkdir(exist_ok=True)
+        (folder / "tokenizer.json").write_text(json.dumps(made | {"truncation": None, "padding": None}))
+        (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": template}))
+        return folder
+
+    return make
+
+
+def test_validate_with_a_model_reads_the_rows_with_its_template_once(posttrain, rows_file, tokenizer, home):
+    command = ["validate", "--kind", "prompt_completion", "--data", rows_file(SPOKEN), "--model", tokenizer()]
+    for _ in range(2):
+        done = posttrain(*command)
+        assert done.returncode == 0, done.stderr
+    assert len(list((home / ".token_facts").glob("*.parquet"))) == 1
+
+
+def test_validate_with_a_model_names_the_rows_that_its_trainer_would_leave_out_or_cut(posttrain, rows_file, tokenizer):
+    """The prompt is 4 tokens and what opens the reply 2, so 6 leave nothing; of 9, row 1 needs all, and each row one more."""
+    command = ["validate", "--kind", "prompt_completion", "--data", rows_file(SPOKEN), "--model", tokenizer()]
+    nothing = posttrain(*command, "--set", "args.max_length=7")
+    assert_refused(nothing, 3, "sft-dropped: 8 of 8 rows")
+    cut = posttrain(*command, "--set", "args.max_length=10", "--set", "contract.truncated_ratio_max=0")
+    assert_refused(cut, 3, "sft-truncated")
+
+
+@pytest.mark.parametrize(
+    ("template", "rule"),
+    [
+        (CHATML.replace(" <|im_end|>", ""), "sft-end-of-reply"),
+        ("{{ raise_exception('no') }}", "sft-renders"),
+        (CHATML.replace("m.content", "'it'"), "sft-template-keeps-text"),
+    ],
+    ids=["no end", "raises", "rewrites"],
+)
+def test_validate_with_a_template_that_does_not_suit_is_refused_with_what_follows(
+    template, rule, posttrain, rows_file, tokenizer
+):
+    done = posttrain("validate", "--kind", "prompt_completion", "--data", rows_file(SPOKEN), "--model", tokenizer(template))
+    assert_refused(done, 3, rule)
+
+
+def test_validate_of_words_that_the_tokenizer_does_not_know_is_refused(posttrain, rows_file, tokenizer):
+    row = {"prompt": [{"role": "user", "content": "Say что"}], "completion": [{"role": "assistant", "content": "it"}]}
+    done = posttrain("validate", "--kind", "prompt_completion", "--data", rows_file([row]), "--model", tokenizer())
+    assert_refused(done, 3, "sft-tokenizer-keeps-text", "lines 1")
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "named"),
+    [
+        ("stepwise_supervision", [], "stepwise_supervision"),
+        ("prompt_completion", ["--set", "recipe.seed=2"], "args.NAME"),
+        ("prompt_completion", ["--columns", "prompt"], "--columns"),
+    ],
+)
+def test_validate_with_a_model_and_what_cannot_be_is_refused(kind, more, named, posttrain, rows_file, tokenizer):
+    done = posttrain("validate", "--kind", kind, "--data", rows_file(SPOKEN), "--model", tokenizer(), *more)
+    assert_refused(done, 2, named)
+
+
+def test_validate_with_columns_reads_rows_by_their_own_names(posttrain, rows_file):
+    path = rows_file([{"question": f"Say {n}", "solution": f"{n}.", "source": "web"} for n in range(8)])
+    refused = posttrain("validate", "--kind", "prompt_completion", "--data", path)
+    assert_refused(refused, 3, "question", "solution", "columns")
+    named = ["--columns", "prompt=question,completion=solution"]
+    assert posttrain("validate", "--kind", "prompt_completion", "--data", path, *named).returncode == 0
+
+
 # --- ui and doctor ----------------------------------------------------------------------------------------------------------
 
 
