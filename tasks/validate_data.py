@@ -61,7 +61,7 @@ def validate_data(
             "contract": verdict.to_dict(),
             "tokens": tokens.totals(judged.facts),
             "snapshot": taken(judged),
-            "origin": _origin(dataset),
+            "origin": origin_of(dataset),
         }
         mlflow_runs.log_dict(mlflow_run_id, details["snapshot"], "snapshot.json")
         artifact = Artifact("dataset", str(staged), key, "", counts, details, mlflow_run_id)
@@ -140,12 +140,12 @@ def last_snapshot(profile: str, stage: str, dataset: Dataset) -> dict[str, Any] 
     """Return the snapshot of the rows that this profile last accepted from the same place, read in the same way."""
     for manifest in last_manifests(profile, stage, "dataset"):
         details = manifest["artifact"]["details"]
-        if details.get("origin") == _origin(dataset):
+        if details.get("origin") == origin_of(dataset):
             return details["snapshot"]
     return None
 
 
-def _origin(dataset: Dataset) -> dict[str, Any]:
+def origin_of(dataset: Dataset) -> dict[str, Any]:
     """Return where rows come from and how they are read: another place or slice is a person's choice, and no drift."""
     return dataset.model_dump(exclude={"contract", "revision"})
 

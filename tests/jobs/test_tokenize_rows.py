@@ -15,6 +15,7 @@ from data_contracts.token_facts import TOKEN_FACTS
 from tasks.jobs import without_vllm  # noqa: F401
 from tasks.jobs.conversations import with_tool_calls
 from tasks.jobs.tokenize_rows import Use
+from tasks.jobs.training import prove_rows
 
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer  # isort: skip
 
@@ -308,3 +309,16 @@ def test_tool_calls_reach_the_template_as_they_stand_in_the_source():
     assert [row["n_prepared"] for row in found] == [len(row["input_ids"]) for row in trainer.train_dataset]
     shown = TOKENIZER.decode(trainer.train_dataset[0]["input_ids"])
     assert '{"name": "add", "arguments": {"a": 1}}' in shown and "1 tools" in shown
+
+
+@pytest.mark.parametrize(("more", "packing"), [(0, False), (1, False), (0, True), (1, True)])
+def test_trainer_that_prepared_other_tokens_than_were_judged_does_not_train(more, packing, spec, tmp_path):
+    rows = [CLEAN | {"row": number} for number in range(3)]
+    found = told("sft", {}, rows, TOKENIZER)
+    judged = {"rows": 3, "tokens": sum(row["n_prepared"] for row in found) + more, "truncated": 0}
+    manifest = {"artifact": {"details": {"tokens": {"sft": judged}}}}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    asked = spec("sft", inputs={"rows": str(tmp_path)})
+    data = prepared(SFTTrainer, SFTConfig, {"packing": packing, "max_length": 64}, rows, TOKENIZER).train_dataset
+    with pytest.raises(RuntimeError, match="the contract judged 3 rows") if more else contextlib.nullcontext():
+        prove_rows(asked, data, packing=packing)
