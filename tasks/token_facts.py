@@ -3,6 +3,7 @@
 import json
 import subprocess
 import tempfile
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,10 @@ import pyarrow.parquet as pq
 from profiles.schema import Grpo, Recipe, StagePlacement
 from tasks.artifacts import Artifact, digest_of, disk_errors
 from tasks.environment import home
-from tasks.errors import JobFailed, MachineUnfit
+from tasks.errors import JobFailed, MachineUnfit, RunCancelled
 from tasks.fingerprints import code_digest, file_digest, fingerprint, library_versions
 from tasks.guard import guarded
-from tasks.local_job import GRACE_SECONDS, job_environment, job_python
+from tasks.local_job import GRACE_SECONDS, POLL_SECONDS, job_environment, job_python
 
 MODULE = "tasks.jobs.tokenize_rows"
 TRAINERS = {  # the usual one of each kind of row
@@ -71,6 +72,7 @@ class Tokens:
     base: Artifact
     uses: list[Use]
     placement: StagePlacement
+    stop: threading.Event = field(default_factory=threading.Event)  # ends the reading from another thread
 
     def identity(self) -> dict[str, Any]:
         """Return what the facts depend on besides the rows."""
@@ -100,7 +102,7 @@ class Tokens:
     def facts(self, rows: pa.Table) -> pd.DataFrame:
         """Return `row` and, named `<stage>_<fact>`, the facts about it for each use; those that are known are not asked again.
 
-        Raises MachineUnfit if the job environment does not answer, JobFailed with what it said if it fails.
+        Raises MachineUnfit if the job environment does not start, JobFailed with what it said if it fails, RunCancelled.
         """
         known = pd.DataFrame({"row": rows["row"].to_numpy()})
         identity = self.identity()
@@ -122,27 +124,33 @@ class Tokens:
             model = {"model": str(self.base.path), "context": _context(Path(self.base.path))}
             request = rows.with_name("request.json")
             request.write_text(json.dumps(model | _asked(use) | {"rows": str(rows), "output": str(made)}))
-            _run(self.placement, request)
+            _run(self.placement, request, self.stop)
             partial = kept.with_name(f".{key}.{rows.parent.name}")
             partial.write_bytes(made.read_bytes())
             partial.rename(kept)
         return kept
 
 
-def _run(placement: StagePlacement, request: Path) -> None:
+def _run(placement: StagePlacement, request: Path, stop: threading.Event) -> None:
+    """Run the job to its end; the guard ends it when this process, which holds its pipe, is gone or lets go."""
     command = guarded([str(job_python(placement)), "-m", MODULE, str(request)], GRACE_SECONDS)
     env = job_environment(placement) | {"TOKENIZERS_PARALLELISM": "true"}
+    log_file = request.with_suffix(".log")
     try:
-        # the guard ends the job when this process, which holds its pipe, is gone
-        with subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=env,
-            start_new_session=True,
-        ) as process:  # fmt: skip
-            said = process.stderr.read()
+        with (
+            log_file.open("w") as log,
+            subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=env, start_new_session=True
+            ) as process,
+        ):
+            while process.poll() is None and not stop.wait(POLL_SECONDS):
+                pass
     except OSError as error:
         raise MachineUnfit(f"the job environment does not start: {error}. Run `posttrain doctor`.") from None
+    if stop.is_set():
+        raise RunCancelled("the run was interrupted while its rows were read with the model's tokenizer")
     if process.returncode != 0:
-        raise JobFailed(f"the rows could not be read with the model's tokenizer: {said.strip()[-2000:]}")
+        raise JobFailed(f"the rows could not be read with the model's tokenizer: {log_file.read_text().strip()[-2000:]}")
 
 
 def _asked(use: Use) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ def validate_data(
     """
     dataset: Dataset = getattr(run.profile.recipe.datasets, name)
     source = locate_dataset(f"recipe.datasets.{name}", dataset, made)
-    tokens = tokens_of(run.profile, name, run.store.fetch(base))
+    tokens = tokens_of(run.profile, name, run.store.fetch(base), run.stop)
     identity = identify(dataset, source, held_out, tokens)
     key, stage = fingerprint(identity), f"validate-{name}"
     if (hit := run.store.find("dataset", key)) is not None:
@@ -79,9 +80,9 @@ def refusal(what: str, verdict: Any, findings: Path) -> str:
     return f"{what} violates its contract. Report and every bad row: {findings}\n{verdict.to_text()}"
 
 
-def tokens_of(profile: Profile, name: str, base: Artifact) -> Tokens:
+def tokens_of(profile: Profile, name: str, base: Artifact, stop: threading.Event | None = None) -> Tokens:
     """Return how the trainers of `recipe.datasets.<name>` will read its rows."""
-    return Tokens(base, uses_of(profile.recipe, name), profile.placement.default)
+    return Tokens(base, uses_of(profile.recipe, name), profile.placement.default, stop or threading.Event())
 
 
 def hold_to_contract(
