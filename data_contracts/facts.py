@@ -5,8 +5,11 @@ Facts carry no text, so a report of them leaks none. `fact_columns(kind)` lists 
 - `<field>_roles`: one letter per message (s u a t; `-` for a plain string): a turn order is one regular expression.
 - `n_json_quoted`: texts that are whole JSON strings, quotes included: what a coercing reader leaves behind.
 - `n_control_markers`: messages that hold a chat template's own tokens, which a tokenizer would take for real ones.
+- `n_packed_turns`: plain strings that are a list of messages written out as JSON.
+- `is_garbled`: a text holds U+FFFD, or UTF-8 that was once read as Latin-1.
 - `n_undescribed_calls`: calls of a tool that the row's `tools` do not describe.
 - `is_contradicted`: another row says the opposite: the same pair the other way round, the same reply with the other label.
+- `is_echo`: the reply begins with the whole prompt; of a pair, both replies do.
 - `is_duplicate`, `is_duplicate_prompt`: exact repeats of an earlier row or prompt (system turn included).
 - `prompt_hash`, `overlaps_eval`: of the prompt without its system turn, case and white space levelled, so that the same
   question is found whether it stands in a string or in a conversation. A single user turn that is held out counts too.
@@ -22,6 +25,7 @@ from collections.abc import Iterable
 
 import pandas as pd
 import polars as pl
+import polars.selectors as cs
 import pyarrow as pa
 
 from data_contracts.kinds import CALL_CODE, ROLE_CODES, TOOLS, Kind, kind_of
@@ -33,20 +37,29 @@ _CONTROL_MARKERS = (
     r"<\|(im_start|im_end|im_sep|endoftext|begin_of_text|end_of_text|start_header_id|end_header_id|eot_id|eom_id"
     r"|header_start|header_end|eot|user|assistant|system|end)\|>|<(start|end)_of_turn>|\[/?INST\]|</s>"
 )
+_VISIBLE = r"[^\s\p{Z}\p{Cc}\p{Cf}]"  # zero-width spaces, byte order marks and null characters show nothing either
 _JSON_STRING = r'\A\s*"(\\.|[^"\\\n])*"\s*\z'
+# Messages written out as JSON, or as Python shows them, in a column of text.
+_PACKED_TURNS = r"""(?s)\A\s*\[\s*\{.*?['"](role|from)['"]\s*:\s*['"](system|user|assistant|tool|human|gpt)['"]"""
+_GARBLED = r"\x{FFFD}|[ÂÃ][\x{80}-\x{BF}]|â€"  # bytes that were no text, and UTF-8 that was read as Latin-1
 _PLACEHOLDER = r"\{\{\s*\w+\s*\}\}|(?i)(\A|\n)[\s<`]*no ?input[\s>`.]*\z"  # unfilled {{name}}; Alpaca's "No input"
 
 PASSAGE_WORDS = 13
 _ROLE, _CONTENT, _CALLS = (pl.element().struct.field(name) for name in ("role", "content", "tool_calls"))
+_SAID = pl.concat_str(_CONTENT, _CALLS, ignore_nulls=True)  # a turn may be a call and no more
 _COMMON = (
     *("row", "n_messages", "n_empty_messages", "n_json_quoted", "n_control_markers", "has_placeholder"),
+    *("n_packed_turns", "is_garbled"),
     *("is_duplicate", "is_duplicate_prompt", "prompt_hash", "overlaps_eval", "quotes_eval", "n_held_out"),
 )
 _OF_KIND = {
     "prompt_completion": ("is_echo",),
-    "preference": ("is_tie", "is_contradicted", "chosen_is_prefix", "rejected_is_prefix", "is_chosen_longer", "len_ratio"),
+    "preference": (
+        *("is_tie", "is_contradicted", "is_echo", "chosen_is_prefix", "rejected_is_prefix"),
+        *("is_chosen_longer", "len_ratio"),
+    ),
     "unpaired_preference": ("is_desired", "is_contradicted", "is_echo"),
-    "stepwise_supervision": ("n_steps", "is_all_right"),
+    "stepwise_supervision": ("n_steps", "is_all_right", "is_all_wrong"),
     "eval": ("has_rival_answer",),
 }
 
@@ -144,17 +157,16 @@ def _roles(name: str) -> pl.Expr:
 
 
 def _text(name: str) -> pl.Expr:
-    return pl.col(name).list.eval(_CONTENT).list.join("\n").str.strip_chars()
+    return pl.col(name).list.eval(_SAID).list.join("\n").str.strip_chars()
 
 
 def _chars(name: str) -> pl.Expr:
-    return pl.col(name).list.eval(_CONTENT.str.len_chars()).list.sum().cast(pl.Int64)
+    return pl.col(name).list.eval(_SAID.str.len_chars()).list.sum().cast(pl.Int64)
 
 
 def _exact(name: str) -> pl.Expr:
     """Return a string that two fields share exactly if they hold the same messages: role, length and text of each."""
-    said = pl.concat_str(_CONTENT, _CALLS, ignore_nulls=True)
-    message = pl.concat_str(_ROLE, pl.lit(" "), said.str.len_bytes().cast(pl.String), pl.lit(" "), said)
+    message = pl.concat_str(_ROLE, pl.lit(" "), _SAID.str.len_bytes().cast(pl.String), pl.lit(" "), _SAID)
     return pl.col(name).list.eval(message).list.join("")
 
 
@@ -165,21 +177,22 @@ def _counts(kind: Kind) -> list[pl.Expr]:
     def count(condition: pl.Expr, among: tuple[str, ...] = fields) -> pl.Expr:
         return pl.sum_horizontal(pl.col(name).list.eval(condition.cast(pl.Int64)).list.sum() for name in among)
 
-    is_silent = (_CONTENT.str.strip_chars() == "") & _CALLS.is_null()
     in_a_turn = _ROLE != "text"  # a plain string may well be rendered text, whose control tokens are meant
     return [
         count(_ROLE.is_not_null()).alias("n_messages"),
-        count(is_silent).alias("n_empty_messages"),
+        count(~_SAID.str.contains(_VISIBLE)).alias("n_empty_messages"),
         count(_CONTENT.str.contains(_JSON_STRING)).alias("n_json_quoted"),
-        count(_CONTENT.str.contains(_CONTROL_MARKERS) & in_a_turn).alias("n_control_markers"),
-        (count(_CONTENT.str.contains(_PLACEHOLDER)) > 0).alias("has_placeholder"),
+        count(_SAID.str.contains(_CONTROL_MARKERS) & in_a_turn).alias("n_control_markers"),
+        (count(_SAID.str.contains(_PLACEHOLDER)) > 0).alias("has_placeholder"),
+        count(_CONTENT.str.contains(_PACKED_TURNS) & ~in_a_turn).alias("n_packed_turns"),
+        (count(_SAID.str.contains(_GARBLED)) > 0).alias("is_garbled"),
     ]
 
 
 def _repeats(kind: Kind, columns: list[str]) -> list[pl.Expr]:
     fields = kind.texts()
     extras = [name for name in columns if name not in (*kind.standard, *fields, "row")]
-    whole = [_exact(name) for name in fields] + [pl.col(name) for name in extras]
+    whole = [_exact(name) for name in fields] + [cs.by_name(name) for name in extras]  # `pl.col` takes some for patterns
     return [
         pl.struct(part.alias(f"part_{n}") for n, part in enumerate(whole)).is_first_distinct().not_().alias("is_duplicate"),
         _exact("__asked").is_first_distinct().not_().alias("is_duplicate_prompt"),
@@ -195,10 +208,14 @@ def _about_kind(kind: Kind) -> list[pl.Expr]:
     if kind.name == "preference":
         return _about_pairs()
     if kind.name == "unpaired_preference":
-        rivals = pl.col("label").n_unique().over(_exact("prompt"), _exact("completion"))
+        rivals = pl.col("label").n_unique().over(_exact("prompt"), _text("completion"))
         return [pl.col("label").alias("is_desired"), (rivals > 1).alias("is_contradicted"), _is_echo()]
     if kind.name == "stepwise_supervision":
-        return [pl.col("labels").list.len().cast(pl.Int64).alias("n_steps"), pl.col("labels").list.all().alias("is_all_right")]
+        return [
+            pl.col("labels").list.len().cast(pl.Int64).alias("n_steps"),
+            pl.col("labels").list.all().alias("is_all_right"),
+            (~pl.col("labels").list.any()).alias("is_all_wrong"),
+        ]
     if kind.name == "prompt_completion":
         return [_is_echo()]
     if kind.name == "eval":  # the same question elsewhere in the set with another answer
@@ -207,7 +224,11 @@ def _about_kind(kind: Kind) -> list[pl.Expr]:
 
 
 def _is_echo() -> pl.Expr:
-    return (_text("prompt") == _text("completion")).alias("is_echo")
+    return _begins_with_prompt("completion").alias("is_echo")
+
+
+def _begins_with_prompt(name: str) -> pl.Expr:
+    return (_text("prompt") != "") & _text(name).str.starts_with(_text("prompt"))
 
 
 def _about_pairs() -> list[pl.Expr]:
@@ -217,6 +238,7 @@ def _about_pairs() -> list[pl.Expr]:
     return [
         (~differ & (_roles("chosen") == _roles("rejected"))).alias("is_tie"),
         (differ & _one_way("rejected", "chosen").is_in(_one_way("chosen", "rejected").implode())).alias("is_contradicted"),
+        (_begins_with_prompt("chosen") & _begins_with_prompt("rejected")).alias("is_echo"),
         (differ & rejected.str.starts_with(chosen)).alias("chosen_is_prefix"),
         (differ & chosen.str.starts_with(rejected)).alias("rejected_is_prefix"),
         (_chars("chosen") > _chars("rejected")).alias("is_chosen_longer"),

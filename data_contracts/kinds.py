@@ -40,9 +40,21 @@ class ToolCall(Strict):
     id: str | None = None
 
 
+def _no_constant(name: str) -> None:
+    raise ValueError(f"holds {name}, which is no JSON")
+
+
 def _from_json(value: Any) -> Any:
     """Return what a string holds as JSON: Parquet has no other way to keep objects that differ from row to row."""
-    return json.loads(value) if isinstance(value, str) else value
+    if not isinstance(value, str):
+        return value
+    try:
+        found = json.loads(value, parse_constant=_no_constant)
+        if "\\ud" in value.lower():  # half a surrogate pair in quotes in quotes, which Arrow cannot hold
+            json.dumps(found, ensure_ascii=False).encode("utf-8")
+    except RecursionError:
+        raise ValueError("is JSON that is nested too deeply") from None
+    return found
 
 
 class ToolMessage(Strict):
@@ -50,7 +62,7 @@ class ToolMessage(Strict):
 
     role: Literal["system", "user", "assistant", "tool"]
     content: str | None = None
-    tool_calls: Annotated[list[ToolCall] | None, BeforeValidator(_from_json), Field(min_length=1)] = None
+    tool_calls: Annotated[Annotated[list[ToolCall], Field(min_length=1)] | None, BeforeValidator(_from_json)] = None
     tool_call_id: str | None = None
     name: str | None = None
 
@@ -61,6 +73,21 @@ def _spoken(message: ToolMessage) -> ToolMessage:
     if message.content is None and not message.tool_calls:
         raise ValueError("has neither content nor tool_calls")
     return message
+
+
+def _answered(messages: list[ToolMessage]) -> list[ToolMessage]:
+    """Refuse what a tool said without a call before it, or in answer to another one."""
+    waiting: list[ToolCall] = []
+    for number, message in enumerate(messages):
+        if message.role != "tool":
+            waiting = list(message.tool_calls or ())
+            continue
+        answered = [call for call in waiting if None in (call.id, message.tool_call_id) or call.id == message.tool_call_id]
+        if not answered:
+            named = f" {message.tool_call_id!r}" if waiting and message.tool_call_id else ""
+            raise ValueError(f"[{number}] is a tool turn that answers no call{named}; a call stands in `tool_calls` before it")
+        waiting.remove(answered[0])
+    return messages
 
 
 def _tools(value: Any) -> Any:
@@ -143,6 +170,8 @@ def row_model(kind: Kind, form: Form, with_tools: bool = False) -> type[BaseMode
     """Return the strict model of one row: its columns and, except where the kind takes others, nothing else."""
     message = Annotated[ToolMessage, AfterValidator(_spoken)] if with_tools else Message
     text = str if form == "standard" else Annotated[list[message], Field(min_length=1)]
+    if with_tools:
+        text = Annotated[text, AfterValidator(_answered)]
     columns = dict.fromkeys(kind.fields(form), (text, ...)) | dict.fromkeys(kind.strings, (str, ...))
     columns |= dict.fromkeys(kind.steps, (Annotated[list[str], Field(min_length=1)], ...))
     columns |= {name: (type_, ...) for name, type_ in kind.labels.items()}

@@ -196,6 +196,8 @@ class _Reading:
 
 def _form(row: dict, kind: Kind) -> Form:
     first = kind.conversational[:1]
+    if first and first[0] in row and first[0] not in kind.standard:
+        return "conversational"  # whatever it holds: the reason is then about `messages`, not about a missing `text`
     return "conversational" if first and isinstance(row.get(first[0]), list) else "standard"
 
 
@@ -216,7 +218,7 @@ def _canonical_tools(row: dict, fields: tuple[str, ...]) -> dict:
     """Return the row with its tools, and each turn's calls, as JSON."""
     texts = {name: [turn | {"tool_calls": _calls(turn["tool_calls"])} for turn in row[name]] for name in fields}
     tools = row[TOOLS]
-    return row | texts | {TOOLS: tools if isinstance(tools, str) else json.dumps(tools, ensure_ascii=False)}
+    return row | texts | {TOOLS: tools if isinstance(tools, str) else _json(tools)}
 
 
 def _calls(calls: list[dict] | None) -> str | None:
@@ -224,7 +226,14 @@ def _calls(calls: list[dict] | None) -> str | None:
     if calls is None:
         return None
     kept = [{name: value for name, value in call.items() if value is not None} for call in calls]
-    return json.dumps(kept, ensure_ascii=False)
+    return _json(kept)
+
+
+def _json(value: object) -> str:
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except TypeError as error:  # a date or bytes, of which Parquet has types
+        raise ValueError(f"holds in its tools or calls what JSON cannot say: {error}") from None
 
 
 def _taken(row: dict, columns: dict[str, str]) -> dict:
@@ -238,6 +247,8 @@ def _extras(row: dict, own: tuple[str, ...]) -> dict[str, type]:
     """Return the type of each extra column, or refuse what Arrow and a reward function cannot both hold exactly."""
     extras = {name: value for name, value in row.items() if name not in own}
     for name, value in extras.items():
+        if not name:
+            raise ValueError("has a column without a name. Name it")
         if name in RESERVED_COLUMNS:
             raise ValueError(f"an extra column may not be called {name!r}: the name is taken. Rename it")
         if type(value) not in _SCALARS:

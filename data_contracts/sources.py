@@ -1,10 +1,11 @@
 """Raw rows out of .jsonl, .json, .parquet, .arrow and what `datasets` saves: untouched, numbered from 0, or why not."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -36,12 +37,15 @@ def raw_rows(source: Path, start: int, stop: int | None) -> Iterator[RawRow]:
     files = _files_of(source)
     first = 0
     for file in files:
-        for number, value, problem in _READERS[file.suffix](file):
-            row = first + number
-            if stop is not None and row >= stop:
-                return
-            if row >= start:
-                yield RawRow(row, value, problem, f"{file.name} line {number + 1}: " if source.is_dir() else "")
+        try:
+            for number, value, problem in _READERS[file.suffix](file):
+                row = first + number
+                if stop is not None and row >= stop:
+                    return
+                if row >= start:
+                    yield RawRow(row, value, problem, f"{file.name} line {number + 1}: " if source.is_dir() else "")
+        except OSError as error:
+            raise Unreadable(f"{file.name} cannot be read: {error.strerror}") from error
         first += number + 1
 
 
@@ -57,17 +61,42 @@ def _files_of(source: Path) -> list[Path]:
 
 def _files_in(folder: Path) -> list[Path]:
     if (folder / "dataset_dict.json").is_file():
-        splits = json.loads((folder / "dataset_dict.json").read_text()).get("splits", [])
+        splits = _named_in(folder / "dataset_dict.json", lambda said: said["splits"])
         raise Unreadable(f"the folder holds a DatasetDict. Name the folder of one split: {', '.join(splits)}")
     if (folder / "state.json").is_file():  # `Dataset.save_to_disk`, which names its files in their order
-        return [folder / data["filename"] for data in json.loads((folder / "state.json").read_text())["_data_files"]]
-    files = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES and path.name[0] not in "._")
+        names = _named_in(folder / "state.json", lambda said: [data["filename"] for data in said["_data_files"]])
+        return [folder / name for name in names]
+    visible = sorted(path for path in folder.iterdir() if path.name[0] not in "._")
+    if left_out := [path.name for path in visible if _would_be_left_out(path)]:
+        raise Unreadable(f"the folder also holds {left_out[0]}, which would be left out. Move it away, or unpack it here")
+    files = [path for path in visible if path.suffix in SUFFIXES]
     suffixes = sorted({path.suffix for path in files})
     if not files:
         raise Unreadable(f"the folder holds no {', '.join(SUFFIXES)} file")
     if len(suffixes) > 1:
         raise Unreadable(f"the folder mixes {' and '.join(suffixes)} files. Keep rows of one dataset in one format")
     return files
+
+
+_OTHER_FORMATS = (".gz", ".bz2", ".xz", ".zst", ".zip", ".csv", ".tsv")
+
+
+def _would_be_left_out(path: Path) -> bool:
+    """Tell whether rows stand there that a reader of the folder's files would never see."""
+    if path.is_dir():
+        return path.suffix in SUFFIXES or any(inner.suffix in SUFFIXES for inner in path.iterdir())
+    return path.suffix in _OTHER_FORMATS
+
+
+def _named_in(file: Path, names: Callable[[Any], list[str]]) -> list[str]:
+    """Return the names that a file of `datasets` holds."""
+    try:
+        found = [str(name) for name in names(json.loads(file.read_text(encoding="utf-8")))]
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise Unreadable(f"{file.name} is not what `datasets` writes. Save the dataset anew") from error
+    if file.name == "state.json" and (odd := [name for name in found if not name.endswith(".arrow")]):
+        raise Unreadable(f"{file.name} names {odd[0]}, which is no .arrow file")
+    return found
 
 
 def _json_lines(file: Path) -> Iterator[tuple[int, object, str | None]]:
@@ -167,6 +196,7 @@ def _parquet(file: Path) -> Iterator[tuple[int, object, str | None]]:
     with _named(file, "Parquet"):
         table = pq.ParquetFile(file)
         _refuse_empty(table.metadata.num_rows, file)
+        _refuse_twice(table.schema_arrow.names)
         ours = KIND_METADATA in (table.schema_arrow.metadata or {})
         columns = [name for name in table.schema_arrow.names if not (ours and name == "row")]
         yield from _of_batches(table.iter_batches(batch_size=2000, columns=columns))
@@ -189,6 +219,7 @@ def _arrow_batches(source: pa.NativeFile) -> Iterator[pa.RecordBatch]:
         reader = pa.ipc.open_file(source)
         stream = (reader.get_batch(number) for number in range(reader.num_record_batches))
     for batch in stream:
+        _refuse_twice(batch.schema.names)
         yield from (batch.slice(start, 2000) for start in range(0, batch.num_rows, 2000))
 
 
@@ -200,12 +231,21 @@ def _of_batches(batches: Iterable[pa.RecordBatch]) -> Iterator[tuple[int, object
             number += 1
 
 
+def _refuse_twice(names: list[str]) -> None:
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise Unreadable(f"the column {twice[0]!r} stands twice, and one of the two would be lost without a word")
+
+
 @contextmanager
 def _named(file: Path, form: str) -> Iterator[None]:
     try:
         yield
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise Unreadable(f"{file.name} is no readable {form} file: {str(error).splitlines()[0][:200]}") from error
+    except Unreadable:
+        raise
+    # of values too: dates beyond the calendar, names of time zones that do not exist, structs with a name twice
+    except (pa.ArrowException, OSError, ValueError, ArithmeticError, LookupError) as error:
+        said = next(iter(str(error).splitlines()), type(error).__name__)
+        raise Unreadable(f"{file.name} is no readable {form} file: {said[:200]}") from error
 
 
 def _refuse_empty(size: int, file: Path) -> None:
