@@ -76,11 +76,15 @@ def _spoken(message: ToolMessage) -> ToolMessage:
 
 
 def _answered(messages: list[ToolMessage]) -> list[ToolMessage]:
-    """Refuse what a tool said without a call before it, or in answer to another one."""
+    """Refuse what a tool said without a call before it, or in answer to another one; some sets write calls into the text."""
     waiting: list[ToolCall] = []
+    in_text = False
     for number, message in enumerate(messages):
         if message.role != "tool":
             waiting = list(message.tool_calls or ())
+            in_text = message.role == "assistant" and not waiting
+            continue
+        if in_text:
             continue
         answered = [call for call in waiting if None in (call.id, message.tool_call_id) or call.id == message.tool_call_id]
         if not answered:

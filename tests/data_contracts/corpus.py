@@ -580,7 +580,7 @@ CALLS = {
     "function_call as it was called before tools": unread(
         LM, "tools", chat(user(Q), assistant("") | {"function_call": {"name": "menu"}}), "function_call is not a"
     ),
-    "tool turn without a call": unread(LM, "tools", chat(user(Q), assistant("One moment."), tool("hay"), assistant(R)), "call"),
+    "tool turn without a call": unread(LM, "tools", chat(user(Q), tool("hay"), assistant(R)), "call"),
     "tool turn for another call": unread(
         LM,
         "tools",
