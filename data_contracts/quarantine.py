@@ -15,9 +15,10 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from data_contracts.canonical import RowsFile, RowsWriter
 from data_contracts.contract import QUARANTINE, Contract, judge_by, offending_rows
 from data_contracts.facts import facts, prompt_hashes, prompt_passages
-from data_contracts.rows import RowsRefused, SetAside, read_rows
+from data_contracts.rows import RowsRefused, SetAside, store_rows
 from data_contracts.verdict import RuleResult, Verdict
 
 FILE = "quarantine.jsonl"
@@ -31,22 +32,22 @@ class HeldOut:
     passages: frozenset[str]
 
     @classmethod
-    def of(cls, table: pa.Table, kind: str) -> "HeldOut":
-        return cls(frozenset(prompt_hashes(table, kind)), prompt_passages(table, kind))
+    def of(cls, rows: pa.Table | RowsFile, kind: str) -> "HeldOut":
+        return cls(frozenset(prompt_hashes(rows, kind)), prompt_passages(rows, kind))
 
 
 @dataclass(frozen=True)
 class Judged:
     """The rows that train if the verdict passed, the facts about them, and every row that blocks or was set aside."""
 
-    table: pa.Table
+    rows: RowsFile
     facts: pd.DataFrame
     verdict: Verdict
     set_aside: tuple[SetAside, ...]
 
     def columns(self) -> dict[str, str]:
         """Return the types of the rows' own columns."""
-        return {field.name: str(field.type) for field in self.table.schema if field.name != "row"}
+        return {field.name: str(field.type) for field in self.rows.schema if field.name != "row"}
 
     def with_more(self, results: list[RuleResult]) -> "Judged":
         """Return the same with more rules in the verdict."""
@@ -60,34 +61,36 @@ def judge_source(
     held_out: HeldOut | None,
     reading: Mapping[str, Any],
     quarantine: Path,
-    more_facts: Callable[[pa.Table], pd.DataFrame] | None = None,
+    output: Path,
+    more_facts: Callable[[RowsFile], pd.DataFrame] | None = None,
 ) -> Judged:
-    """Read a source and judge its rows; `reading` is how `read_rows` reads it, `more_facts` returns facts by `row`.
+    """Write the rows of a source that train into the Parquet file `output` and judge them.
 
-    Rows that are not of their kind, or for which a blocking rule does not hold, are written to the file `quarantine`, whether
-    the set is refused for them or trains without them. Raises RowsRefused where the source cannot be read as asked.
+    `reading` is how `store_rows` reads the source, `more_facts` returns facts by `row`. Rows that are not of their kind, or for
+    which a blocking rule does not hold, are written to the file `quarantine`, whether the set is refused for them or trains
+    without them. Raises RowsRefused where the source cannot be read as asked.
     """
     allowed = contract.quarantine_ratio_max > 0
     bad: list[SetAside] = []
     try:
-        table = read_rows(source, contract.kind, **reading, set_aside=bad, keep_rest=allowed)
+        rows = store_rows(source, contract.kind, output, **reading, set_aside=bad, keep_rest=allowed)
     except RowsRefused:
         write(quarantine, bad)
         raise
     hidden = (held_out.prompts, held_out.passages) if held_out else ()
-    more = more_facts(table) if more_facts else None
-    found = _joined(facts(table, contract.kind, *hidden), more)
+    more = more_facts(rows) if more_facts else None
+    found = _joined(facts(rows, contract.kind, *hidden), more)
     verdict = judge_by(found, contract)
     blocking = offending_rows(found, contract, verdict)
-    rest = table.filter(pc.invert(pc.is_in(table["row"], pa.array(list(blocking), pa.int64())))) if blocking else table
-    bad += _taken_out(table, blocking)
+    bad += _taken_out(rows, blocking)
     write(quarantine, bad)
-    if allowed and bad and rest.num_rows:
-        if blocking:
-            found = _joined(facts(rest, contract.kind, *hidden), more)
-            verdict = judge_by(found, contract)
-        return Judged(rest, found, _told(verdict, bad, contract), tuple(bad))
-    return Judged(table, found, verdict, tuple(bad))
+    if not (allowed and bad and rows.num_rows > len(blocking)):
+        return Judged(rows, found, verdict, tuple(bad))
+    if blocking:
+        rows = _without(rows, blocking)
+        found = _joined(facts(rows, contract.kind, *hidden), more)
+        verdict = judge_by(found, contract)
+    return Judged(rows, found, _told(verdict, bad, contract), tuple(bad))
 
 
 def write(file: Path, rows: Iterable[SetAside]) -> None:
@@ -105,9 +108,23 @@ def _joined(found: pd.DataFrame, more: pd.DataFrame | None) -> pd.DataFrame:
     return found if more is None else found.merge(more, on="row", how="left", validate="1:1")
 
 
-def _taken_out(table: pa.Table, blocking: dict[int, list[str]]) -> list[SetAside]:
-    rows = table.filter(pc.is_in(table["row"], pa.array(list(blocking), pa.int64()))).to_pylist() if blocking else []
-    return [SetAside(row["row"] + 1, tuple(blocking[row["row"]]), _without_number(row)) for row in rows]
+def _taken_out(rows: RowsFile, blocking: dict[int, list[str]]) -> list[SetAside]:
+    if not blocking:
+        return []
+    taken = (row for batch in rows.batches() for row in batch.filter(_is_among(batch, blocking)).to_pylist())
+    return [SetAside(row["row"] + 1, tuple(blocking[row["row"]]), _without_number(row)) for row in taken]
+
+
+def _without(rows: RowsFile, blocking: dict[int, list[str]]) -> RowsFile:
+    """Put a file without these rows in the place of the file."""
+    with RowsWriter(rows.path.with_name(f".{rows.path.name}")) as writer:
+        for batch in rows.batches():
+            writer.add(batch.filter(pc.invert(_is_among(batch, blocking))))
+    return replace(writer.written(), path=writer.path.rename(rows.path))
+
+
+def _is_among(batch: pa.Table, numbers: Iterable[int]) -> pa.ChunkedArray:
+    return pc.is_in(batch["row"], pa.array(numbers, pa.int64()))
 
 
 def _without_number(row: dict) -> dict:

@@ -6,17 +6,20 @@ JSON quotes to the text of 48,000 of 200,000 good rows and more, without a word.
 
 import json
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 from pydantic import ValidationError
 
+from data_contracts.canonical import RowsFile, RowsWriter
 from data_contracts.kinds import RESERVED_COLUMNS, TOOLS, Form, Kind, ToolMessage, kind_of, row_model
 from data_contracts.layouts import check_layout, to_trl
+from data_contracts.native import NativeReader, native_reader
 from data_contracts.reasons import first_reason, refuse_other_columns, shown
-from data_contracts.sources import KIND_METADATA, Unreadable, raw_rows
+from data_contracts.sources import KIND_METADATA, RawLines, RawRow, Unreadable, raw_rows
 
 MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 # Of conversations with tools; `tool_calls` is JSON, as each call has arguments of its own.
@@ -59,7 +62,34 @@ def _line_numbers(lines: list[int]) -> str:
     return f"line {named}" + (f" and {len(lines) - 5:,} more" if len(lines) > 5 else "")
 
 
-def read_rows(
+def read_rows(source: Path, kind: str, **reading: Any) -> pa.Table:
+    """Return rows of a source as a table, all of it in memory; `reading` and what is raised are those of `store_rows`."""
+    tables: list[pa.Table] = []
+    read_into(tables.append, source, kind, **reading)
+    return pa.concat_tables(tables)
+
+
+def store_rows(source: Path, kind: str, file: Path, **reading: Any) -> RowsFile:
+    """Write rows of a source into a Parquet file of TRL's columns plus `row`, the row's 0-based number in the source.
+
+    No more than a chunk of the rows is in memory at once. `reading` may have:
+
+    - `layout`: one of `layouts.LAYOUTS`, "trl" if it is not given.
+    - `columns`: the source's name for each of the kind's columns; its other columns are then left, because it says so.
+    - `start`, `stop`: rows `start` up to `stop` are read.
+    - `set_aside`: a list that bad rows are put into, the first 1000 of them.
+    - `keep_rest`: they all are, and only a source with no good row is refused.
+
+    Nothing is coerced, dropped or filled in. Raises RowsRefused with the line and the reason of each row that is not
+    exactly of its kind, and leaves no file; ValueError for a kind, layout or range that does not exist.
+    """
+    with RowsWriter(file) as writer:
+        read_into(writer.add, source, kind, **reading)
+    return writer.written()
+
+
+def read_into(
+    keep: Callable[[pa.Table], None],
     source: Path,
     kind: str,
     *,
@@ -69,22 +99,19 @@ def read_rows(
     stop: int | None = None,
     set_aside: list[SetAside] | None = None,
     keep_rest: bool = False,
-) -> pa.Table:
-    """Return rows `start` up to `stop` as a table of TRL's columns plus `row`, the row's 0-based number in the source.
+) -> None:
+    """Give the rows of a source to `keep`, some thousands at a time and in their order; the rest is as `store_rows` says.
 
-    `columns` maps the kind's column names to the source's; the source's other columns are then left, because it says so.
-    Nothing is coerced, dropped or filled in. Raises RowsRefused with the line and the reason of each row that is not
-    exactly of its kind; ValueError for a kind, layout or range that does not exist. Bad rows are put into `set_aside`, the
-    first 1000 of them; with `keep_rest` all of them, and only a source with no good row is refused.
+    What `keep` was given is worth nothing if this raises RowsRefused.
     """
     asked = kind_of(kind)
     check_layout(layout, asked)
     if start < 0 or (stop is not None and stop <= start):
         raise ValueError(f"rows {start}:{stop} are none. Give 0 <= start < stop")
-    reading = _Reading(asked, layout, dict(columns or {}), [] if set_aside is None else set_aside, keep_rest)
+    reading = _Reading(asked, layout, dict(columns or {}), [] if set_aside is None else set_aside, keep_rest, keep)
     try:
         for raw in raw_rows(Path(source), start, stop):
-            reading.take(raw.number, raw.value, raw.problem, raw.where)
+            reading.take_lines(raw) if isinstance(raw, RawLines) else reading.take(raw)
     except Unreadable as error:
         raise RowsRefused(source, kind, [(error.line, error.reason)], 1) from error
     if reading.total and not (keep_rest and reading.num_rows):
@@ -97,7 +124,7 @@ def read_rows(
         )
     if not reading.num_rows:
         raise RowsRefused(source, kind, [(start + 1, f"there is no row {start}: the source ends before it")], 1)
-    return reading.table()
+    reading.flush()
 
 
 @dataclass
@@ -109,20 +136,36 @@ class _Reading:
     columns: dict[str, str]
     set_aside: list[SetAside]
     keep_rest: bool
+    keep: Callable[[pa.Table], None]
     form: Form | None = None
     with_tools: bool = False
     extras: dict[str, type] = field(default_factory=dict)
     settled_by: int = 0  # 1-based line of the first good row
     pending: list[dict] = field(default_factory=list)
-    batches: list[pa.RecordBatch] = field(default_factory=list)
+    native: NativeReader | None = None  # for the rest of the file, if its rows are such as it can read
     num_rows: int = 0
     problems: list[tuple[int, str]] = field(default_factory=list)
     total: int = 0
 
-    def take(self, number: int, value: object, problem: str | None, where: str) -> None:
+    def take_lines(self, raw: RawLines) -> None:
+        """Take lines natively as far as that is beyond doubt, and the others one by one."""
+        known = 0
+        while known < len(raw.lines) and not self.settled_by:
+            self.take(raw.row(known))
+            known += 1
+        spans = self.native.read(raw.lines, known) if self.native else [(known, len(raw.lines), None)]
+        for begin, end, table in spans:
+            if table is not None:
+                self._keep_table(table, raw.number + begin)
+            else:
+                for index in range(begin, end):
+                    self.take(raw.row(index))
+
+    def take(self, raw: RawRow) -> None:
         """Keep one row, or the reason why not."""
+        problem = raw.problem
         try:
-            row = None if problem else self._checked(value, number + 1)
+            row = None if problem else self._checked(raw.value, raw.number + 1)
         except ValidationError as error:
             problem = first_reason(error)
         except ValueError as error:
@@ -130,11 +173,14 @@ class _Reading:
         if problem:
             self.total += 1
             if len(self.problems) < _PROBLEMS_MAX:
-                self.problems.append((number + 1, where + problem))
+                self.problems.append((raw.number + 1, raw.where + problem))
             if self.keep_rest or len(self.set_aside) < _PROBLEMS_MAX:
-                self.set_aside.append(SetAside(number + 1, (where + problem,), value))
-        elif not self.total or self.keep_rest:  # else the rest is read only for its problems
-            self._keep({"row": number, **row})
+                self.set_aside.append(SetAside(raw.number + 1, (raw.where + problem,), raw.value))
+        elif self._are_kept():
+            self._keep({"row": raw.number, **row})
+
+    def _are_kept(self) -> bool:
+        return not self.total or self.keep_rest  # else the rest is read only for its problems
 
     def _checked(self, value: object, line: int) -> dict:
         if not isinstance(value, dict):
@@ -162,6 +208,8 @@ class _Reading:
         """Let the first good row fix the form and the types of extra columns, and hold every other row to it."""
         if not self.settled_by:
             self.form, self.with_tools, self.extras, self.settled_by = form, with_tools, extras, line
+            if self.layout == "trl" and not self.columns and not with_tools:
+                self.native = native_reader(self.kind, form, self._schema())
         if extras == self.extras:
             return
         for name in sorted(self.extras.keys() | extras.keys()):
@@ -173,11 +221,21 @@ class _Reading:
         self.pending.append(row)
         self.num_rows += 1
         if len(self.pending) == _CHUNK_ROWS:
-            self._flush()
+            self.flush()
 
-    def _flush(self) -> None:
-        self.batches.append(pa.RecordBatch.from_pylist(self.pending, schema=self._schema()))
-        self.pending = []
+    def _keep_table(self, table: pa.Table, number: int) -> None:
+        """Keep a table of all columns but `row`, whose first row has that number."""
+        if not self._are_kept():
+            return
+        self.flush()
+        rows = pa.array(range(number, number + table.num_rows), pa.int64())
+        self.keep(pa.table([*table.columns, rows], schema=self._schema()))
+        self.num_rows += table.num_rows
+
+    def flush(self) -> None:
+        if self.pending:
+            self.keep(pa.Table.from_pylist(self.pending, schema=self._schema()))
+            self.pending = []
 
     def _schema(self) -> pa.Schema:
         text = pa.string() if self.form == "standard" else TOOL_MESSAGES if self.with_tools else MESSAGES
@@ -187,11 +245,6 @@ class _Reading:
         fields += [(name, _LABELS[type_]) for name, type_ in self.kind.labels.items()]
         fields += [(name, _SCALARS[type_]) for name, type_ in self.extras.items()]
         return pa.schema([*fields, ("row", pa.int64())], metadata={KIND_METADATA: self.kind.name.encode()})
-
-    def table(self) -> pa.Table:
-        if self.pending:
-            self._flush()
-        return pa.Table.from_batches(self.batches, schema=self._schema())
 
 
 def _form(row: dict, kind: Kind) -> Form:

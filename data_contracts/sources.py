@@ -4,14 +4,16 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-KIND_METADATA = b"posttrain.kind"  # marks the Parquet that `rows.read_rows` made: its `row` column is ours
+KIND_METADATA = b"posttrain.kind"  # marks the rows that `rows.py` made: its `row` column is ours
 SUFFIXES = (".jsonl", ".json", ".parquet", ".arrow")
+_CHUNK_BYTES = 8 << 20  # of a .jsonl file: what is in memory at once
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,22 @@ class RawRow:
     where: str = ""  # the file inside a folder
 
 
+@dataclass(frozen=True)
+class RawLines:
+    """Lines of JSON that nobody has parsed, none of them blank: rows `number` and on of the source."""
+
+    number: int
+    lines: list[bytes]
+    file: str = ""  # inside a folder
+    before: int = 0  # rows of the folder's files before this one
+
+    def row(self, index: int) -> RawRow:
+        """Return the row of the line at `index`, parsed."""
+        number = self.number + index
+        where = f"{self.file} line {number - self.before + 1}: " if self.file else ""
+        return RawRow(number, *_parse(self.lines[index]), where)
+
+
 class Unreadable(ValueError):
     """A file as a whole cannot be read; `line` is the 1-based line to look at."""
 
@@ -32,21 +50,34 @@ class Unreadable(ValueError):
         self.reason, self.line = reason, line
 
 
-def raw_rows(source: Path, start: int, stop: int | None) -> Iterator[RawRow]:
-    """Yield rows `start` up to `stop` of a file, or of a folder's files in the order of their names."""
+def raw_rows(source: Path, start: int, stop: int | None) -> Iterator[RawRow | RawLines]:
+    """Yield rows `start` up to `stop` of a file, or of a folder's files in the order of their names.
+
+    The lines of a .jsonl file come many at a time and unparsed, the rows of any other one by one.
+    """
     files = _files_of(source)
     first = 0
     for file in files:
-        try:
-            for number, value, problem in _READERS[file.suffix](file):
-                row = first + number
-                if stop is not None and row >= stop:
-                    return
-                if row >= start:
-                    yield RawRow(row, value, problem, f"{file.name} line {number + 1}: " if source.is_dir() else "")
-        except OSError as error:
-            raise Unreadable(f"{file.name} cannot be read: {error.strerror}") from error
-        first += number + 1
+        name = file.name if source.is_dir() else ""
+        for number, value, problem in _readable(file):
+            row, size = first + number, len(value) if isinstance(value, _Lines) else 1
+            if stop is not None and row >= stop:
+                return
+            if row + size <= start:
+                continue
+            if isinstance(value, _Lines):
+                begin = max(start - row, 0)
+                yield RawLines(row + begin, value[begin : None if stop is None else stop - row], name, first)
+            else:
+                yield RawRow(row, value, problem, f"{name} line {number + 1}: " if name else "")
+        first += number + size
+
+
+def _readable(file: Path) -> Iterator[tuple[int, object, str | None]]:
+    try:
+        yield from _READERS[file.suffix](file)
+    except OSError as error:
+        raise Unreadable(f"{file.name} cannot be read: {error.strerror}") from error
 
 
 def _files_of(source: Path) -> list[Path]:
@@ -99,18 +130,25 @@ def _named_in(file: Path, names: Callable[[Any], list[str]]) -> list[str]:
     return found
 
 
+class _Lines(list[bytes]):
+    """Consecutive lines of a .jsonl file, in the place of a value."""
+
+
 def _json_lines(file: Path) -> Iterator[tuple[int, object, str | None]]:
-    number, blank = -1, None
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines):
-            if not line.strip():
-                blank = number if blank is None else blank
-                continue
-            if blank is not None:  # harmless at the very end; between rows, line and row number would part
-                yield from ((n, None, "blank line between rows; remove it") for n in range(blank, number))
-                blank = None
-            yield (number, *_parse(line))
-    _refuse_empty(number + 1 if blank is None else blank, file)
+    number = n_blank = 0
+    with _named(file, "JSON Lines"), file.open("rb") as source:
+        while chunk := source.readlines(_CHUNK_BYTES):
+            for is_blank, group in groupby(chunk, bytes.isspace):
+                lines = _Lines(group)
+                if is_blank:
+                    n_blank += len(lines)
+                else:
+                    # harmless at the very end; between rows, line and row number would part
+                    yield from ((n, None, "blank line between rows; remove it") for n in range(number - n_blank, number))
+                    n_blank = 0
+                    yield number, lines, None
+                number += len(lines)
+    _refuse_empty(number - n_blank, file)
 
 
 def _parse(line: bytes) -> tuple[object, str | None]:
@@ -145,7 +183,8 @@ def _json_array(file: Path) -> Iterator[tuple[int, object, str | None]]:
 
 
 def _load_array(file: Path) -> object:
-    data = file.read_bytes()
+    with _named(file, "JSON"):
+        data = file.read_bytes()
     _refuse_empty(len(data.strip()), file)
     try:
         return _loads(data.decode("utf-8"))

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
 
+from data_contracts.canonical import RowsFile
 from profiles.schema import Grpo, Recipe, StagePlacement
 from tasks.artifacts import Artifact, digest_of, disk_errors
 from tasks.environment import home
@@ -99,33 +98,30 @@ class Tokens:
             for stage in trained
         }
 
-    def facts(self, rows: pa.Table) -> pd.DataFrame:
+    def facts(self, rows: RowsFile) -> pd.DataFrame:
         """Return `row` and, named `<stage>_<fact>`, the facts about it for each use; those that are known are not asked again.
 
         Raises MachineUnfit if the job environment does not start, JobFailed with what it said if it fails, RunCancelled.
         """
-        known = pd.DataFrame({"row": rows["row"].to_numpy()})
-        identity = self.identity()
-        with tempfile.TemporaryDirectory() as folder, disk_errors(Path(folder)):
-            file = Path(folder) / "rows.parquet"
-            pq.write_table(rows, file)
-            digest = file_digest(file)
-            for use in self.uses:
-                key = fingerprint(identity | {"uses": _asked(use), "rows": digest})
-                found = pd.read_parquet(self._kept(key, use, file)).set_index("row").add_prefix(f"{use.stage}_")
-                known = known.join(found, on="row")
+        known = pd.read_parquet(rows.path, columns=["row"])
+        identity = self.identity() | {"rows": file_digest(rows.path)}
+        for use in self.uses:
+            key = fingerprint(identity | {"uses": _asked(use)})
+            found = pd.read_parquet(self._kept(key, use, rows.path)).set_index("row").add_prefix(f"{use.stage}_")
+            known = known.join(found, on="row")
         return known
 
     def _kept(self, key: str, use: Use, rows: Path) -> Path:
         kept = home() / ".token_facts" / f"{key}.parquet"
-        if not kept.is_file():
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            made = rows.with_name(f"{use.stage}.parquet")
+        if kept.is_file():
+            return kept
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder, disk_errors(Path(folder)):
+            made, request = Path(folder) / "facts.parquet", Path(folder) / "request.json"
             model = {"model": str(self.base.path), "context": _context(Path(self.base.path))}
-            request = rows.with_name("request.json")
             request.write_text(json.dumps(model | _asked(use) | {"rows": str(rows), "output": str(made)}))
             _run(self.placement, request, self.stop)
-            partial = kept.with_name(f".{key}.{rows.parent.name}")
+            partial = kept.with_name(f".{key}.{Path(folder).name}")
             partial.write_bytes(made.read_bytes())
             partial.rename(kept)
         return kept

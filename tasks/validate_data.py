@@ -99,8 +99,7 @@ def hold_to_contract(
     Without `tokens` nothing is asked that needs a tokenizer, without the `last` snapshot nothing is compared. `findings` gets
     what a person looks at: contract.html, Great Expectations' own result, and quarantine.jsonl if a row is bad.
     """
-    import pyarrow.parquet
-
+    from data_contracts.canonical import RowsFile
     from data_contracts.contract import ContractInvalid, contract_for
     from data_contracts.quarantine import FILE, HeldOut, judge_source
     from data_contracts.rows import RowsRefused
@@ -113,9 +112,10 @@ def hold_to_contract(
         raise ProfileError(f"contract of {source}: {error}") from None
     try:
         how = dataset.model_dump(include={"layout", "columns", "start", "stop"})
-        rows = None if held_out is None else pyarrow.parquet.read_table(held_out / "rows.parquet")
-        hidden = None if rows is None else HeldOut.of(rows, _kind(held_out))
-        judged = judge_source(source, contract, hidden, how, findings / FILE, tokens.facts if tokens else None)
+        hidden = None if held_out is None else HeldOut.of(RowsFile.at(held_out / "rows.parquet"), _kind(held_out))
+        with disk_errors(output):
+            more = tokens.facts if tokens else None
+            judged = judge_source(source, contract, hidden, how, findings / FILE, output / "rows.parquet", more)
     except RowsRefused as error:
         rows = f"\nThe bad rows: {findings / FILE}" if (findings / FILE).is_file() else ""
         raise ContractBroken(f"{error}{rows}") from None
@@ -124,7 +124,6 @@ def hold_to_contract(
     if last is not None:
         judged = judged.with_more(judge_drift(last, judged.facts, judged.columns(), drift_limits))
     with disk_errors(output):
-        pyarrow.parquet.write_table(judged.table, output / "rows.parquet", compression="zstd")
         (findings / "contract.html").write_text(judged.verdict.to_html(str(source)), encoding="utf-8")
         (findings / "great_expectations.json").write_text(json.dumps(judged.verdict.gx_result, indent=1))
     return judged

@@ -34,7 +34,9 @@ def held_out(tmp_path_factory: pytest.TempPathFactory) -> HeldOut:
 def judged(held_out: HeldOut, tmp_path: Path):
     def judge(source: Path, kind: str, form: str) -> Judged:
         reading = {"layout": LAYOUTS[form]} if form in LAYOUTS else {}
-        return judge_source(source, contract_for(kind), held_out, reading, tmp_path / "quarantine.jsonl")
+        return judge_source(
+            source, contract_for(kind), held_out, reading, tmp_path / "quarantine.jsonl", tmp_path / "canonical.parquet"
+        )
 
     return judge
 
@@ -562,7 +564,9 @@ def test_corpus_kto_demo_has_the_labels_and_repeats_that_are_counted(shared_data
 def test_corpus_identity_is_refused_for_the_names_it_leaves_open(shared_data, tmp_path):
     file = shared_data / "llama-factory-demo/identity.json"
     lines = [n for n, row in enumerate(json.loads(file.read_text("utf-8")), start=1) if "{{" in json.dumps(row)]
-    judged = judge_source(file, contract_for(PC), None, {"layout": "alpaca"}, tmp_path / "quarantine.jsonl")
+    judged = judge_source(
+        file, contract_for(PC), None, {"layout": "alpaca"}, tmp_path / "quarantine.jsonl", tmp_path / "canonical.parquet"
+    )
     assert [failure.rule for failure in judged.verdict.failures()] == [f"{PC}-placeholder"]
     assert sorted(row.line for row in judged.set_aside) == lines and len(lines) == 85 and judged.table.num_rows == 91
 

@@ -26,7 +26,8 @@ def rows(clean_rows) -> list[dict]:
 def judged(write_rows, tmp_path: Path):
     def judge(rows: list[dict], **limits: float) -> tuple[Judged, list[dict]]:
         file = tmp_path / "quarantine.jsonl"
-        result = judge_source(write_rows(rows), contract_for("preference").with_limits(limits), HELD_OUT, {}, file)
+        contract, output = contract_for("preference").with_limits(limits), tmp_path / "rows.parquet"
+        result = judge_source(write_rows(rows), contract, HELD_OUT, {}, file, output)
         return result, [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
 
     return judge
@@ -35,7 +36,7 @@ def judged(write_rows, tmp_path: Path):
 def test_rows_of_both_sorts_of_defect_are_set_aside_with_their_reasons_and_the_rest_trains(rows, judged):
     result, written = judged(rows, quarantine_ratio_max=0.3)
     assert result.verdict.passed and result.verdict.n_set_aside == 3
-    assert result.table["row"].to_pylist() == [0, 1, 3, 4, 6, 7, 9]
+    assert result.rows.table()["row"].to_pylist() == [0, 1, 3, 4, 6, 7, 9]
     assert [(row["line"], row["row"]) for row in written] == [(n + 1, rows[n]) for n in (TIE, NO_TEXT, EMPTY)]
     reasons = [row["reasons"] for row in written]
     assert (reasons[0], reasons[2]) == (["preference-tie"], ["preference-empty-text"]) and "string" in reasons[1][0]
@@ -53,7 +54,7 @@ def test_without_leave_rows_that_break_a_rule_refuse_the_set_and_every_one_is_wr
     for row in rows[:9]:
         row["rejected"] = row["chosen"]  # nine ties: a rule's own result shows five
     result, written = judged(rows)
-    assert not result.verdict.passed and result.verdict.n_set_aside == 0 and result.table.num_rows == 10
+    assert not result.verdict.passed and result.verdict.n_set_aside == 0 and result.rows.num_rows == 10
     assert [row["line"] for row in written] == list(range(1, 10))
 
 
