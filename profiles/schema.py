@@ -84,6 +84,9 @@ class Dataset(Origin):
     start: int = Field(0, ge=0)
     stop: int | None = Field(None, gt=0)
     contract: dict[str, float] = Field(default_factory=dict, description="limits of the contract, by name")
+    engine: Literal["pandas", "spark"] = Field(
+        "pandas", description="what judges the facts; POSTTRAIN_SPARK_MASTER says where Spark is. The verdict is the same"
+    )
 
 
 class Datasets(Strict):

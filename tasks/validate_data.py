@@ -2,7 +2,11 @@
 
 import json
 import logging
+import os
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -113,9 +117,10 @@ def hold_to_contract(
     try:
         how = dataset.model_dump(include={"layout", "columns", "start", "stop"})
         hidden = None if held_out is None else HeldOut.of(RowsFile.at(held_out / "rows.parquet"), _kind(held_out))
-        with disk_errors(output):
+        with disk_errors(output), _judge_of(dataset) as spark:
             more = tokens.facts if tokens else None
-            judged = judge_source(source, contract, hidden, how, findings / FILE, output / "rows.parquet", more)
+            by = replace(contract, spark=spark)
+            judged = judge_source(source, by, hidden, how, findings / FILE, output / "rows.parquet", more)
     except RowsRefused as error:
         rows = f"\nThe bad rows: {findings / FILE}" if (findings / FILE).is_file() else ""
         raise ContractBroken(f"{error}{rows}") from None
@@ -127,6 +132,23 @@ def hold_to_contract(
         (findings / "contract.html").write_text(judged.verdict.to_html(str(source)), encoding="utf-8")
         (findings / "great_expectations.json").write_text(json.dumps(judged.verdict.gx_result, indent=1))
     return judged
+
+
+@contextmanager
+def _judge_of(dataset: Dataset) -> Iterator[Any]:
+    """Start Spark where the dataset asks for it, on the machine or cluster that the environment names; pandas is None."""
+    from data_contracts.spark import SparkUnusable, started
+
+    if dataset.engine == "pandas":
+        yield None
+        return
+    master, folder = os.environ.get("POSTTRAIN_SPARK_MASTER", "local[*]"), os.environ.get("POSTTRAIN_SPARK_FOLDER")
+    try:
+        with started(master, Path(folder) if folder else None) as spark:
+            yield spark
+    except SparkUnusable as error:
+        hint = "POSTTRAIN_SPARK_MASTER and POSTTRAIN_SPARK_FOLDER say where Spark runs; engine: pandas needs neither"
+        raise ProfileError(f"a dataset's engine is 'spark', and {error}. {hint}.") from error
 
 
 def taken(judged: Any) -> dict[str, Any]:
@@ -147,7 +169,7 @@ def last_snapshot(profile: str, stage: str, dataset: Dataset) -> dict[str, Any] 
 
 def origin_of(dataset: Dataset) -> dict[str, Any]:
     """Return where rows come from and how they are read: another place or slice is a person's choice, and no drift."""
-    return dataset.model_dump(exclude={"contract", "revision"})
+    return dataset.model_dump(exclude={"contract", "revision", "engine"})
 
 
 def locate_dataset(setting: str, dataset: Dataset, made: Artifact | None) -> Path:
