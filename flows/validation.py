@@ -92,7 +92,7 @@ def of_profile(name: str, overrides: list[str] | None) -> Verdicts:
             found.mkdir()
             tokens = tokens_of(profile, field, base) if base else None
             last = last_snapshot(profile.name, f"validate-{field}", dataset)
-            verdict = hold_to_contract(dataset, source, held_out, output, found, tokens, last).verdict
+            verdict = hold_to_contract(dataset, source, held_out, output, found, tokens, last, field == "eval").verdict
             verdicts.append((f"recipe.datasets.{field}  {source}", found, verdict))
             if field == "eval":
                 contract = {"contract": verdict.to_dict()}

@@ -54,7 +54,7 @@ def validate_data(
         findings = run.work(stage)
         try:
             last = last_snapshot(run.profile.name, stage, dataset)
-            judged = hold_to_contract(dataset, source, held_out, staged, findings, tokens, last)
+            judged = hold_to_contract(dataset, source, held_out, staged, findings, tokens, last, name == "eval")
         finally:
             mlflow_runs.log_folder(mlflow_run_id, findings)
         verdict = judged.verdict
@@ -97,11 +97,12 @@ def hold_to_contract(
     findings: Path,
     tokens: Tokens | None,
     last: dict[str, Any] | None = None,
+    is_held_out: bool = False,
 ) -> Any:
     """Write rows.parquet into `output` and return what was judged; raises ContractBroken where nothing could be.
 
-    Without `tokens` nothing is asked that needs a tokenizer, without the `last` snapshot nothing is compared. `findings` gets
-    what a person looks at: contract.html, Great Expectations' own result, and quarantine.jsonl if a row is bad.
+    Without `tokens` nothing is asked that needs a tokenizer, without the `last` snapshot nothing is compared; rows that are
+    themselves held out are not asked whether they overlap with others that are. `findings` gets what a person looks at: contract.html, Great Expectations' own result, and quarantine.jsonl if a row is bad.
     """
     from data_contracts.canonical import RowsFile
     from data_contracts.contract import ContractInvalid, contract_for
@@ -112,6 +113,7 @@ def hold_to_contract(
     limits, drift_limits = split_limits(dataset.contract)
     try:
         contract = contract_for(dataset.kind).with_tokens(tokens.methods() if tokens else {}).with_limits(limits)
+        contract = contract.of_held_out() if is_held_out else contract
     except ContractInvalid as error:
         raise ProfileError(f"contract of {source}: {error}") from None
     try:
