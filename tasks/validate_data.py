@@ -102,7 +102,8 @@ def hold_to_contract(
     """Write rows.parquet into `output` and return what was judged; raises ContractBroken where nothing could be.
 
     Without `tokens` nothing is asked that needs a tokenizer, without the `last` snapshot nothing is compared; rows that are
-    themselves held out are not asked whether they overlap with others that are. `findings` gets what a person looks at: contract.html, Great Expectations' own result, and quarantine.jsonl if a row is bad.
+    themselves held out are not asked whether they overlap with others that are. `findings` gets what a person looks at:
+    contract.html, Great Expectations' own result, and quarantine.jsonl if a row is bad.
     """
     from data_contracts.canonical import RowsFile
     from data_contracts.contract import ContractInvalid, contract_for
