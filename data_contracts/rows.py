@@ -5,9 +5,11 @@ JSON quotes to the text of 48,000 of 200,000 good rows and more, without a word.
 """
 
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ _LABELS = {bool: pa.bool_(), list[bool]: pa.list_(pa.bool_())}
 _SCALARS = {str: pa.string(), bool: pa.bool_(), int: pa.int64(), float: pa.float64()}
 _PROBLEMS_MAX = 1000  # kept in the exception; the count goes on
 _CHUNK_ROWS = 10_000
+_SETTLING_ROWS = 100  # most of which say what form the file's rows have, so that an odd one at its head is the one named
 
 
 @dataclass(frozen=True)
@@ -110,7 +113,14 @@ def read_into(
         raise ValueError(f"rows {start}:{stop} are none. Give 0 <= start < stop")
     reading = _Reading(asked, layout, dict(columns or {}), [] if set_aside is None else set_aside, keep_rest, keep)
     try:
-        for raw in raw_rows(Path(source), start, stop):
+        incoming = raw_rows(Path(source), start, stop)
+        first = list(islice(incoming, 1))
+        if first and isinstance(first[0], RawLines):
+            reading.settle([first[0].row(index) for index in range(min(len(first[0].lines), _SETTLING_ROWS))])
+        else:
+            first += islice(incoming, _SETTLING_ROWS - 1)
+            reading.settle([raw for raw in first if isinstance(raw, RawRow)])
+        for raw in chain(first, incoming):
             reading.take_lines(raw) if isinstance(raw, RawLines) else reading.take(raw)
     except Unreadable as error:
         raise RowsRefused(source, kind, [(error.line, error.reason)], 1) from error
@@ -129,7 +139,7 @@ def read_into(
 
 @dataclass
 class _Reading:
-    """The good rows so far, the problems so far, and what the first good row settled for the whole file."""
+    """The good rows so far, the problems so far, and what its first rows settled for the whole file."""
 
     kind: Kind
     layout: str
@@ -140,12 +150,29 @@ class _Reading:
     form: Form | None = None
     with_tools: bool = False
     extras: dict[str, type] = field(default_factory=dict)
-    settled_by: int = 0  # 1-based line of the first good row
+    settled_by: int = 0  # 1-based line of a row that is as the file's rows are
     pending: list[dict] = field(default_factory=list)
     native: NativeReader | None = None  # for the rest of the file, if its rows are such as it can read
     num_rows: int = 0
     problems: list[tuple[int, str]] = field(default_factory=list)
     total: int = 0
+
+    def settle(self, rows: list[RawRow]) -> None:
+        """Let what most of the first rows are, the first of equals, be what the file is; the odd ones are then the others."""
+        shapes = [(shape, raw.number + 1) for raw in rows if (shape := self._shape(raw))]
+        counts = Counter((form, with_tools, frozenset(extras.items())) for (form, with_tools, extras), _ in shapes)
+        for (form, with_tools, extras), line in shapes:
+            if counts[form, with_tools, frozenset(extras.items())] == max(counts.values()):
+                return self._settle(form, with_tools, extras, line)
+
+    def _shape(self, raw: RawRow) -> tuple[Form, bool, dict[str, type]] | None:
+        """Return a row's form, whether it has tools and the types of its extra columns; None of one that is no row alone."""
+        if raw.problem:
+            return None
+        with suppress(ValueError):  # pydantic's is one
+            row, form, with_tools = self._in_trls_words(raw.value)
+            return form, with_tools, self._of_its_kind(row, form, with_tools)[1]
+        return None
 
     def take_lines(self, raw: RawLines) -> None:
         """Take lines natively as far as that is beyond doubt, and the others one by one."""
@@ -183,6 +210,19 @@ class _Reading:
         return not self.total or self.keep_rest  # else the rest is read only for its problems
 
     def _checked(self, value: object, line: int) -> dict:
+        """Return a row that is of its kind and as the file's other rows are."""
+        row, form, with_tools = self._in_trls_words(value)
+        if self.settled_by and form != self.form:
+            raise ValueError(f"{form}, but line {self.settled_by} is {self.form}; a dataset is one or the other")
+        if self.settled_by and with_tools != self.with_tools:
+            here, first = ("has" if it else "has no" for it in (with_tools, self.with_tools))
+            raise ValueError(f"{here} tools, but line {self.settled_by} {first}. Give every row the column, [] where none")
+        row, extras = self._of_its_kind(row, form, with_tools)
+        self._settle(form, with_tools, extras, line)
+        return _canonical_tools(row, self.kind.fields(form)) if with_tools else row
+
+    def _in_trls_words(self, value: object) -> tuple[Any, Form, bool]:
+        """Return a row by TRL's columns, its form, and whether it has tools."""
         if not isinstance(value, dict):
             raise ValueError(f"a row must be an object with columns, not {shown(value)}")
         if self.columns:
@@ -190,22 +230,18 @@ class _Reading:
         refuse_other_columns(set(value), self.kind, self.layout)
         row = to_trl(value, self.layout, self.kind)
         form = _form(row, self.kind)
-        with_tools = self.kind.takes_tools and form == "conversational" and TOOLS in row
-        if self.settled_by and form != self.form:
-            raise ValueError(f"{form}, but line {self.settled_by} is {self.form}; a dataset is one or the other")
-        if self.settled_by and with_tools != self.with_tools:
-            here, first = ("has" if it else "has no" for it in (with_tools, self.with_tools))
-            raise ValueError(f"{here} tools, but line {self.settled_by} {first}. Give every row the column, [] where none")
+        return row, form, self.kind.takes_tools and form == "conversational" and TOOLS in row
+
+    def _of_its_kind(self, row: Any, form: Form, with_tools: bool) -> tuple[dict, dict[str, type]]:
+        """Return a row that is strictly of its kind, and the types of its extra columns."""
         if not with_tools:
             _refuse_calls(row, self.kind.fields(form))
         row = row_model(self.kind, form, with_tools).model_validate(row).model_dump()
         _refuse_uneven(row, self.kind)
-        extras = _extras(row, (*self.kind.columns(form), TOOLS) if with_tools else self.kind.columns(form))
-        self._settle(form, with_tools, extras, line)
-        return _canonical_tools(row, self.kind.fields(form)) if with_tools else row
+        return row, _extras(row, (*self.kind.columns(form), TOOLS) if with_tools else self.kind.columns(form))
 
     def _settle(self, form: Form, with_tools: bool, extras: dict[str, type], line: int) -> None:
-        """Let the first good row fix the form and the types of extra columns, and hold every other row to it."""
+        """Fix the form and the types of extra columns, if nothing has yet, and hold the row to them."""
         if not self.settled_by:
             self.form, self.with_tools, self.extras, self.settled_by = form, with_tools, extras, line
             if self.layout == "trl" and not self.columns and not with_tools:

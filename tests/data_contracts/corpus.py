@@ -317,7 +317,6 @@ SCHEMA = {
         lambda rows: rows[0].pop("is_hard"),
         "is_hard",
         1,
-        marks=known("the first row settles what the others must be, so an odd first row has the 29 others named"),
     ),
     "conversation in the first row among strings": unread(
         PC,
@@ -325,7 +324,6 @@ SCHEMA = {
         lambda rows: rows.__setitem__(0, clean(PC, "conversational")[0]),
         "conversational",
         1,
-        marks=known("the first row settles the form, so an odd first row has the 29 others named"),
     ),
 }
 
