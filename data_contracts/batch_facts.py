@@ -213,7 +213,7 @@ def _about_pairs() -> list[pl.Expr]:
 
 
 def _undescribed_calls(rows: pl.DataFrame, fields: tuple[str, ...]) -> list[int]:
-    """Count for each row the calls of tools that its `tools` do not describe."""
+    """Count for each row the calls of tools, or with arguments, that its `tools` do not describe."""
     if TOOLS not in rows.columns:
         return [0] * rows.height
     calls = rows.select(pl.concat_list(pl.col(name).list.eval(_CALLS) for name in fields).list.drop_nulls()).to_series()
@@ -221,9 +221,17 @@ def _undescribed_calls(rows: pl.DataFrame, fields: tuple[str, ...]) -> list[int]
 
 
 def _undescribed(tools: list[dict], calls: Iterable[str]) -> int:
-    described = {tool["function"]["name"] for tool in tools}
-    called = [call["function"]["name"] for turn in calls for call in json.loads(turn)]
-    return sum(name not in described for name in called)
+    described = {tool["function"]["name"]: tool["function"].get("parameters") for tool in tools}
+    called = [call["function"] for turn in calls for call in json.loads(turn)]
+    return sum(call["name"] not in described or not _takes(described[call["name"]], call["arguments"]) for call in called)
+
+
+def _takes(schema: object, arguments: dict) -> bool:
+    """Tell whether a tool's schema names every argument; one that names none, or lets more be given, takes all."""
+    named = schema.get("properties") if isinstance(schema, dict) else None
+    if not isinstance(named, dict) or not named or schema.get("additionalProperties"):
+        return True
+    return arguments.keys() <= named.keys()
 
 
 def _spoken(rows: pl.DataFrame, kind: Kind) -> list[str]:

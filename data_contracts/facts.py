@@ -7,7 +7,7 @@ Facts carry no text, so a report of them leaks none. `fact_columns(kind)` lists 
 - `n_control_markers`: messages that hold a chat template's own tokens, which a tokenizer would take for real ones.
 - `n_packed_turns`: plain strings that are a list of messages written out as JSON.
 - `is_garbled`: a text holds U+FFFD, or UTF-8 that was once read as Latin-1.
-- `n_undescribed_calls`: calls of a tool that the row's `tools` do not describe.
+- `n_undescribed_calls`: calls of a tool, or with an argument, that the row's `tools` do not describe.
 - `is_contradicted`: another row says the opposite: the same pair the other way round, the same reply with the other label.
 - `is_echo`: the reply begins with the whole prompt; of a pair, both replies do.
 - `is_duplicate`, `is_duplicate_prompt`: exact repeats of an earlier row or prompt (system turn included).

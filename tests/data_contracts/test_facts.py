@@ -267,3 +267,34 @@ def test_row_quotes_eval_if_thirteen_words_of_one_held_out_prompt_alone_stand_in
     rows = [{"prompt": "Tell me a story", "completion": said}, {"prompt": "Say 1", "completion": " 1."}]
     found = facts(read_rows(write_rows(rows, "train.jsonl"), "prompt_completion"), "prompt_completion", {"x"}, passages)
     assert found["quotes_eval"].tolist() == [quotes, False]
+
+
+def _called(name: str, **arguments) -> dict:
+    return {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": name, "arguments": arguments}}]}
+
+
+@pytest.mark.parametrize(
+    ("parameters", "call", "undescribed"),
+    [
+        ({"type": "object", "properties": {"city": {}}}, _called("weather", city="Rome"), 0),
+        ({"type": "object", "properties": {"city": {}}}, _called("weather", city="Rome", day=None), 1),
+        ({"type": "object", "properties": {"city": {}}, "additionalProperties": True}, _called("weather", day=1), 0),
+        ({"type": "object"}, _called("weather", day=1), 0),
+        (None, _called("weather", day=1), 0),
+        ({"type": "object"}, _called("wether"), 1),
+    ],
+    ids=["described", "argument", "more allowed", "no properties", "no schema", "tool"],
+)
+def test_call_that_the_tools_of_its_row_do_not_describe_is_counted(parameters, call, undescribed, facts_of):
+    tool = {"type": "function", "function": {"name": "weather"} | ({"parameters": parameters} if parameters else {})}
+    row = {"messages": [user("And tomorrow?"), call, {"role": "tool", "content": "Rain"}, assistant("Rain.")], "tools": [tool]}
+    found = facts_of([row], "language_modeling").iloc[0]
+    assert (found["messages_roles"], found["n_undescribed_calls"]) == ("ucta", undescribed)
+
+
+def test_near_duplicates_are_rows_that_nearly_repeat_an_earlier_one_and_no_exact_ones(facts_of):
+    long = " ".join(f"word{n}" for n in range(200))
+    texts = [long, long, long.replace("word100", "changed"), "Something else, and short."]
+    found = facts_of([{"text": text} for text in texts], "language_modeling")
+    assert found["is_duplicate"].tolist() == [False, True, False, False]
+    assert found["is_near_duplicate"].tolist() == [False, False, True, False]
