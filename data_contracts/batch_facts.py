@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from data_contracts.kinds import CALL_CODE, ROLE_CODES, TOOLS, Kind
 from data_contracts.leaks import Leaks, hash_of
-from data_contracts.near_duplicates import NearDuplicates
+from data_contracts.near_duplicates import NUM_BANDS, band_numbers
 
 # The control tokens of the templates of Llama 2-4, Qwen, Gemma, Mistral, Phi and SmolLM. The tokenizer's own list is
 # checked by the job, which has the tokenizer; this one catches the usual ones before a GPU is asked for.
@@ -27,14 +27,12 @@ _NO_INPUT = r"(?i)(\A|\n)[\s<`]*no ?input[\s>`.]*\z"  # Alpaca's; anchored at it
 
 _ROLE, _CONTENT, _CALLS = (pl.element().struct.field(name) for name in ("role", "content", "tool_calls"))
 _SAID = pl.concat_str(_CONTENT, _CALLS, ignore_nulls=True)  # a turn may be a call and no more
+BANDS = [f"__band_{number}" for number in range(NUM_BANDS)]
 _SEEDS = (1, 2)  # two hashes of 64 bits: among 1 M texts, one in 10^26 runs would take two for the same
 
 
-def batch_facts(batch: pa.Table, kind: Kind, leaks: Leaks, seen: NearDuplicates) -> pl.DataFrame:
-    """Return one row per row: each fact that needs no other row, and the digests (`digest_columns`) of what it must match.
-
-    `seen` are the rows of the batches before, to which these are added.
-    """
+def batch_facts(batch: pa.Table, kind: Kind, leaks: Leaks) -> pl.DataFrame:
+    """Return one row per row: each fact that needs no other row, and the digests and bands of what it must match."""
     rows = as_messages(batch, kind)
     asked = asked_texts(rows)
     hashes = [hash_of(text) for text in asked]
@@ -45,7 +43,7 @@ def batch_facts(batch: pa.Table, kind: Kind, leaks: Leaks, seen: NearDuplicates)
         *_about_fields(kind),
         *_about_kind(kind),
         pl.Series("n_undescribed_calls", _undescribed_calls(rows, kind.texts()), dtype=pl.Int64),
-        pl.Series("__is_near", [seen.repeats(text) for text in _spoken(rows, kind)], dtype=pl.Boolean),
+        *(pl.Series(name, band) for name, band in zip(BANDS, band_numbers(_spoken(rows, kind)).T, strict=True)),
         pl.Series("prompt_hash", hashes, dtype=pl.String),
         pl.Series("overlaps_eval", leaks.overlaps(asked, hashes, _user_turns(rows, leaks)), dtype=pl.Boolean),
         pl.Series("quotes_eval", _quotes(rows, kind.texts(), leaks), dtype=pl.Boolean),

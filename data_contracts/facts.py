@@ -25,11 +25,10 @@ import pandas as pd
 import polars as pl
 import pyarrow as pa
 
-from data_contracts.batch_facts import as_messages, asked_texts, batch_facts, digest_columns
+from data_contracts.batch_facts import BANDS, as_messages, asked_texts, batch_facts, digest_columns
 from data_contracts.canonical import RowsFile, batches_of
 from data_contracts.kinds import Kind, kind_of
 from data_contracts.leaks import Leaks, hash_of, passages_of
-from data_contracts.near_duplicates import NearDuplicates
 from data_contracts.sources import KIND_METADATA
 
 _COMMON = (
@@ -58,8 +57,8 @@ def facts(
     """
     asked = kind_of(kind)
     _check_kind(rows.schema, asked)
-    leaks, seen = Leaks(held_out or (), passages), NearDuplicates()
-    found = pl.concat([batch_facts(batch, asked, leaks, seen) for batch in batches_of(rows)])
+    leaks = Leaks(held_out or (), passages)
+    found = pl.concat([batch_facts(batch, asked, leaks) for batch in batches_of(rows)])
     return found.with_columns(_about_the_set(asked)).select(fact_columns(kind)).to_pandas()
 
 
@@ -97,7 +96,7 @@ def _about_the_set(kind: Kind) -> list[pl.Expr]:
     whole, asked = pl.struct(digest_columns("whole")), pl.struct(digest_columns("asked"))
     found = [
         whole.is_first_distinct().not_().alias("is_duplicate"),
-        (pl.col("__is_near") & whole.is_first_distinct()).alias("is_near_duplicate"),
+        (pl.any_horizontal(~pl.col(BANDS).is_first_distinct()) & whole.is_first_distinct()).alias("is_near_duplicate"),
         asked.is_first_distinct().not_().alias("is_duplicate_prompt"),
     ]
     if kind.name == "preference":

@@ -7,15 +7,13 @@ from functools import cached_property
 
 import numpy as np
 
+from data_contracts.words import AT_ONCE, lowered, run_numbers, word_numbers
+
 PASSAGE_WORDS = 13
 # Of whatever 13 words in a row, one of the first seven is at a multiple of 7 in the text, and the six after it are still among
 # the 13. So a text is first searched for such sevens only, by a number made of their words.
 _SEVEN = 7
-_PLACES = np.random.default_rng(0).integers(2**64, size=_SEVEN + 1, dtype=np.uint64) | np.uint64(1)
-_FIRST_LETTERS = np.array([2 ** (8 * length) - 1 for length in range(9)], np.uint64)
 _BITS = 24
-_AT_ONCE = 500  # texts, whose letters then stay in the processor's cache
-_SPACES = bytes.maketrans(b"\t\n\x0b\x0c\r\x1c\x1d\x1e\x1f", b" " * 9)  # where `str.split` parts ASCII
 
 
 class Leaks:
@@ -37,7 +35,7 @@ class Leaks:
         """Tell for each text whether one of the passages stands in it."""
         if not self.passages:
             return [False] * len(texts)
-        return [found for start in range(0, len(texts), _AT_ONCE) for found in self._quoted(texts[start : start + _AT_ONCE])]
+        return [found for start in range(0, len(texts), AT_ONCE) for found in self._quoted(texts[start : start + AT_ONCE])]
 
     def _quoted(self, texts: list[str]) -> list[bool]:
         suspects = set(self._suspects(texts))
@@ -48,10 +46,10 @@ class Leaks:
 
     def _suspects(self, texts: list[str]) -> list[int]:
         """Return the texts with seven words of some passage: all that quote one, and hardly any other."""
-        levelled = [_lower(text).encode() for text in texts]
-        words, starts = _word_numbers(b" ".join(levelled))
+        levelled = [lowered(text) for text in texts]
+        words, starts = word_numbers(b" ".join(levelled))
         at = np.arange(0, len(words) - _SEVEN + 1, _SEVEN)
-        sevens = _sevens(words, at)
+        sevens = run_numbers(words, at, _SEVEN)
         known, table = self._known
         found = np.flatnonzero(table[sevens >> np.uint64(64 - _BITS)])  # hardly any: cheaper than a search for each
         nearest = np.minimum(np.searchsorted(known, sevens[found]), len(known) - 1)
@@ -65,9 +63,9 @@ class Leaks:
 
         With them comes a table of whether there is one with those first bits.
         """
-        words, _ = _word_numbers(" ".join(self.passages).encode())
+        words, _ = word_numbers(" ".join(self.passages).encode())
         firsts = np.arange(0, len(words), PASSAGE_WORDS)
-        known = np.unique(_sevens(words, (firsts[:, None] + np.arange(_SEVEN)).ravel()))
+        known = np.unique(run_numbers(words, (firsts[:, None] + np.arange(_SEVEN)).ravel(), _SEVEN))
         table = np.zeros(2**_BITS, bool)
         table[known >> np.uint64(64 - _BITS)] = True
         return known, table
@@ -91,30 +89,5 @@ def _levelled(text: str) -> str:
     return " ".join(text.casefold().split())
 
 
-def _lower(text: str) -> str:
-    """Return a text whose words are case-folded, and which no other white space than that of ASCII parts."""
-    return text.lower() if text.isascii() else " ".join(text.casefold().split())
-
-
 def _windows(words: Sequence[str]) -> set[str]:
     return {" ".join(words[start : start + PASSAGE_WORDS]) for start in range(len(words) - PASSAGE_WORDS + 1)}
-
-
-def _word_numbers(text: bytes) -> tuple[np.ndarray, np.ndarray]:
-    """Return a number for each word, by its length and its first eight bytes, and where the word starts."""
-    padded = b" %b        " % text.translate(_SPACES)  # so that each word has a space before it, and eight bytes to be read
-    inside = np.frombuffer(padded, np.uint8) != ord(" ")
-    edges = np.flatnonzero(inside[1:] != inside[:-1])
-    starts, lengths = edges[::2], edges[1::2] - edges[::2]
-    eights = np.ndarray(len(padded) - 8, "<u8", padded, offset=1, strides=(1,))
-    first = eights[starts] & _FIRST_LETTERS[np.minimum(lengths, 8)]
-    return first * _PLACES[_SEVEN] + lengths.astype(np.uint64), starts
-
-
-def _sevens(words: np.ndarray, at: np.ndarray) -> np.ndarray:
-    """Return a number for the seven words from each of these places on."""
-    numbers = np.zeros(len(at), np.uint64)
-    for place in range(_SEVEN):  # each word's number is stirred by those before it, so that the order of words counts
-        numbers = (numbers ^ words[at + place]) * _PLACES[place]
-        numbers ^= numbers >> np.uint64(32)
-    return numbers

@@ -5,7 +5,7 @@ import hashlib
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from data_contracts import leaks
+from data_contracts import words
 from data_contracts.leaks import Leaks, hash_of, passages_of
 
 _WORDS = st.sampled_from(
@@ -32,8 +32,8 @@ def test_texts_that_quote_a_passage_are_those_a_plain_search_finds(prompts, arou
 
 def test_passage_is_found_wherever_it_stands_among_many_texts():
     prompt = " ".join(f"w{n}" for n in range(13))
-    texts = [f"{'x ' * n}{prompt}{' y' * (20 - n)}" if n % 2 else "x y z " * n for n in range(20)] * (leaks._AT_ONCE // 10)
-    assert Leaks((), passages_of([prompt])).quotes(texts) == [n % 2 == 1 for n in range(20)] * (leaks._AT_ONCE // 10)
+    texts = [f"{'x ' * n}{prompt}{' y' * (20 - n)}" if n % 2 else "x y z " * n for n in range(20)] * (words.AT_ONCE // 10)
+    assert Leaks((), passages_of([prompt])).quotes(texts) == [n % 2 == 1 for n in range(20)] * (words.AT_ONCE // 10)
 
 
 @given(text=_TEXTS | st.text())
