@@ -15,7 +15,7 @@ from data_contracts.near_duplicates import NUM_BANDS, band_numbers
 # checked by the job, which has the tokenizer; this one catches the usual ones before a GPU is asked for.
 _CONTROL_MARKERS = (
     r"<\|(im_start|im_end|im_sep|endoftext|begin_of_text|end_of_text|start_header_id|end_header_id|eot_id|eom_id"
-    r"|header_start|header_end|eot|user|assistant|system|end)\|>|<(start|end)_of_turn>|\[/?INST\]|</s>"
+    r"|header_start|header_end|eot|user|assistant|system|end)\|>|<(start|end)_of_turn>|\[/?INST\]"
 )
 _VISIBLE = r"[^\s\p{Z}\p{Cc}\p{Cf}]"  # zero-width spaces, byte order marks and null characters show nothing either
 _JSON_STRING = r'\A\s*"(\\.|[^"\\\n])*"\s*\z'
@@ -124,13 +124,14 @@ def _counts(kind: Kind) -> list[pl.Expr]:
     def count(condition: pl.Expr, among: tuple[str, ...] = fields) -> pl.Expr:
         return pl.sum_horizontal(pl.col(name).list.eval(condition.cast(pl.Int64)).list.sum() for name in among)
 
+    ends_text = _SAID.str.contains("</s>", literal=True) & ~_SAID.str.contains("<s>", literal=True)  # with it, it is HTML
     in_a_turn = _ROLE != "text"  # a plain string may well be rendered text, whose control tokens are meant
     has_placeholder = _SAID.str.contains(_UNFILLED) | _SAID.str.contains(_NO_INPUT)
     return [
         count(_ROLE.is_not_null()).alias("n_messages"),
         count(~_SAID.str.contains(_VISIBLE)).alias("n_empty_messages"),
         count(_CONTENT.str.contains(_JSON_STRING)).alias("n_json_quoted"),
-        count(_SAID.str.contains(_CONTROL_MARKERS) & in_a_turn).alias("n_control_markers"),
+        count((_SAID.str.contains(_CONTROL_MARKERS) | ends_text) & in_a_turn).alias("n_control_markers"),
         (count(has_placeholder) > 0).alias("has_placeholder"),
         count(_CONTENT.str.contains(_PACKED_TURNS) & ~in_a_turn).alias("n_packed_turns"),
         (count(_SAID.str.contains(_GARBLED)) > 0).alias("is_garbled"),

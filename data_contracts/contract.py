@@ -42,6 +42,10 @@ class Contract:
     quarantine_ratio_max: float = 0.0  # share of the rows that may be set aside so that the rest trains; 0: none
     spark: Spark | None = None  # what judges, if not pandas; no verdict depends on it
 
+    def _limit_of(self, rule: dict) -> str:
+        """Return the settings that decide about a rule, with their values; nothing where there are none."""
+        return ", ".join(f"contract.{name} is {self.limits[name]}" for name in dict.fromkeys(_named_limits(rule)))
+
     def with_limits(self, limits: Mapping[str, float]) -> "Contract":
         """Return this contract with some limits set. Needs no Great Expectations: a profile can be checked by it."""
         limits = dict(limits)
@@ -97,8 +101,15 @@ class Contract:
 
         Where that can be seen beforehand the other columns need none, which is half the time that a judgement takes.
         """
-        own = [{**rule, "kwargs": _resolve(rule["kwargs"], self.limits)} for rule in self.expectations]
+        own = [
+            {**rule, "kwargs": _resolve(rule["kwargs"], self.limits), "meta": rule["meta"] | {"limit": self._limit_of(rule)}}
+            for rule in self.expectations
+        ]
         return own + [_not_null(self.kind, column) for column in self.columns if _may_be_null(facts, column)]
+
+
+def _named_limits(rule: dict) -> list[str]:
+    return [match[3] for value in rule["kwargs"].values() if (match := _VALUE.fullmatch(str(value)))]
 
 
 def judge(facts: pd.DataFrame, kind: str, limits: Mapping[str, float] | None = None) -> Verdict:
@@ -190,7 +201,7 @@ def _check_whole(path: Path, kind: str, limits: dict, rules: list[dict]) -> None
         raise ContractInvalid(f"{path} has no critical {_ROW_COUNT}: no rows, or no rules, would pass it")
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ContractInvalid(f"{path}: rule {', '.join(twice)} stands twice")
-    used = {match[3] for rule in rules for value in rule["kwargs"].values() if (match := _VALUE.fullmatch(str(value)))}
+    used = {name for rule in rules for name in _named_limits(rule)}
     if used != set(limits):
         raise ContractInvalid(f"{path}: limits {sorted(used ^ set(limits))} are used and not set, or set and not used")
 

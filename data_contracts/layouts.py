@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
-from data_contracts.kinds import Kind
+from data_contracts.kinds import TOOLS, Kind
 
 LAYOUTS = ("trl", "sharegpt", "alpaca")
 
@@ -134,8 +134,8 @@ def explicit_prompt(row: object) -> object:
     TRL does the same at training time; here it is done once and judged. The last turn of either side is never part of
     the prompt, so that a tie keeps its reply, and is seen as a tie.
     """
-    if not isinstance(row, dict) or set(row) != {"chosen", "rejected"}:
-        return row
+    if not isinstance(row, dict) or set(row) - {TOOLS} != {"chosen", "rejected"}:
+        return _refuse_two_prompts(row)
     chosen, rejected = row["chosen"], row["rejected"]
     if isinstance(chosen, str) and isinstance(rejected, str):
         raise ValueError("prompt is missing, and in plain strings nothing marks where it ends. Add a prompt column")
@@ -146,16 +146,26 @@ def explicit_prompt(row: object) -> object:
         shared += 1
     if not shared:
         raise ValueError("prompt is missing, and chosen and rejected do not begin with the same message")
-    return {"prompt": chosen[:shared], "chosen": chosen[shared:], "rejected": rejected[shared:]}
+    return row | {"prompt": chosen[:shared], "chosen": chosen[shared:], "rejected": rejected[shared:]}
+
+
+def _refuse_two_prompts(row: object) -> object:
+    """Refuse a prompt in a string beside whole conversations, which begin with it: UltraFeedback has both."""
+    if isinstance(row, dict) and isinstance(row.get("prompt"), str) and isinstance(row.get("chosen"), list):
+        raise ValueError(
+            "prompt is a string beside conversations that begin with it. Leave it: columns {chosen: chosen, rejected: rejected}"
+        )
+    return row
 
 
 def _split_reply(row: object) -> Any:
     """Give an unpaired row of whole conversations, as LLaMA-Factory has them, its last turn as the completion."""
-    if not isinstance(row, dict) or set(row) != {"messages", "label"} or not isinstance(row["messages"], list):
+    if not isinstance(row, dict) or set(row) - {TOOLS} != {"messages", "label"} or not isinstance(row["messages"], list):
         return row
     if len(row["messages"]) < 2:
         raise ValueError("messages must have a turn before the one that label is about")
-    return {"prompt": row["messages"][:-1], "completion": row["messages"][-1:], "label": row["label"]}
+    rest = {name: value for name, value in row.items() if name != "messages"}
+    return rest | {"prompt": row["messages"][:-1], "completion": row["messages"][-1:]}
 
 
 def layout_of(columns: set[str]) -> str | None:

@@ -13,7 +13,7 @@ _SAID = {
     "model_type": "must be a message with role and content, not {}",
     "model_attributes_type": "must be a message with role and content, not {}",
     "bool_type": "must be true or false, not {}",
-    "dict_type": "must be an object, not {}",
+    "dict_type": "must be an object, not {}; JSON in a string must be parsed first",
     "too_short": "is empty",
 }
 
@@ -87,6 +87,7 @@ def refuse_other_columns(columns: set[str], kind: Kind, layout: str) -> None:
     own = [name for name in kind.columns("standard") + kind.columns("conversational") if name in columns]
     more = columns - {*own, TOOLS}
     if more and _fit(set(own), kind):
+        own += [TOOLS] if TOOLS in columns and kind.takes_tools else []
         named = ", ".join(f"{name}: {name}" for name in dict.fromkeys(own))
         raise ValueError(f"has more columns than {kind.name} rows: {', '.join(sorted(more))}. Leave them: columns {{{named}}}")
 

@@ -130,7 +130,8 @@ def read_into(
             kind,
             reading.problems,
             reading.total,
-            f"Mend or remove these rows, or rename the columns: {asked.explain()}.",
+            f"Mend or remove these rows; {asked.explain()}. Names can be mapped (`columns`, --columns OURS=THEIRS). "
+            "What the rows say is judged once all of them can be read.",
         )
     if not reading.num_rows:
         raise RowsRefused(source, kind, [(start + 1, f"there is no row {start}: the source ends before it")], 1)

@@ -166,6 +166,7 @@ def _result(expectation: dict, raw, n_rows: int) -> RuleResult:
         severity=severity,
         status="ERROR" if error else "PASS" if raw.success else failed,
         harm=expectation["notes"],
+        limit=expectation["meta"].get("limit", ""),
         column=column,
         unexpected_count=(found["unexpected_count"] or 0) if "unexpected_count" in found else None,  # Spark: null of no rows
         total=found.get("element_count"),

@@ -23,6 +23,7 @@ class RuleResult:
     example: str | None = None
     observed: object = None
     unit: str = "rows"  # what is counted
+    limit: str = ""  # the setting that decides, with its value
 
     def finding(self) -> str:
         """Say in a few words what was found."""
@@ -93,7 +94,8 @@ class Verdict:
         lines += [f"Loosened by the profile: {', '.join(self.loosened)}."] if self.loosened else []
         for result in found:
             where = f", lines {', '.join(str(row) for row in result.rows)}" if result.rows else ""
-            lines += [f"  {result.status}  {result.rule}: {result.finding()}{where}"]
+            decides = f"; {result.limit}" if result.limit and result.status != "PASS" else ""
+            lines += [f"  {result.status}  {result.rule}: {result.finding()}{where}{decides}"]
             lines += [f"        e.g. {result.example}"] if result.example else []
             lines += [f"        {result.harm}"] if result.status != "PASS" else []
         return "\n".join([*lines, f"  {len(self.results) - len(found)} of {len(self.results)} rules found nothing."])

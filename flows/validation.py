@@ -10,13 +10,13 @@ import yaml
 
 from profiles.schema import Dataset, Profile, StagePlacement
 from tasks.artifacts import Artifact, disk_errors
-from tasks.check_profile import load_profile
+from tasks.check_profile import check_trainer_args, load_profile
 from tasks.environment import home
 from tasks.errors import ContractBroken, ProfileError
 from tasks.fingerprints import fingerprint, tree_digest
 from tasks.pipeline_run import store
 from tasks.prepare_data import find_base_model, prepare_stage
-from tasks.token_facts import TRAINERS, Tokens, Use
+from tasks.token_facts import TRAINERS, Tokens, usual_reader
 from tasks.validate_data import hold_to_contract, last_snapshot, locate_dataset, refusal, tokens_of
 
 Verdicts = list[tuple[str, Path, Any]]  # what was judged, where its report is, the verdict
@@ -70,7 +70,8 @@ def _usual_reader(kind: str, args: dict[str, Any], model: Path) -> Tokens:
     if not any((model / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         raise ProfileError(f"--model is {str(model)!r}: the folder has no tokenizer.json or tokenizer_config.json.")
     base = Artifact("base_model", str(model.absolute()), "", "")
-    return Tokens(base, [Use(TRAINERS[kind], TRAINERS[kind], args)], StagePlacement())
+    check_trainer_args("--set args", TRAINERS[kind], args)
+    return Tokens(base, [usual_reader(kind, args)], StagePlacement())
 
 
 def of_profile(name: str, overrides: list[str] | None) -> Verdicts:

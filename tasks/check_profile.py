@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from profiles.load import InvalidProfile, accelerate_file, load
-from profiles.schema import STAGES, Grpo, Profile, Recipe
+from profiles.schema import STAGES, Grpo, Profile, Recipe, StagePlacement
 from tasks.artifacts import disk_errors, refuse_unusable_model
 from tasks.environment import home
 from tasks.errors import MachineUnfit, ProfileError
@@ -15,7 +15,13 @@ from tasks.local_job import job_environment, job_python
 from tasks.pipeline_run import write_json
 from tasks.token_facts import uses_of
 
-CONFIG_CLASS = {"sft": "SFTConfig", "reward_model": "RewardConfig", "grpo": "GRPOConfig", "dpo": "DPOConfig"}
+CONFIG_CLASS = {
+    "sft": "SFTConfig",
+    "reward_model": "RewardConfig",
+    "grpo": "GRPOConfig",
+    "dpo": "DPOConfig",
+    "kto": "KTOConfig",
+}
 TIMEOUT_SECONDS = 300  # importing TRL from a cold disk
 
 
@@ -49,6 +55,15 @@ def check_profile(profile: Profile) -> None:
             write_json(kept, _ask(str(python), job_environment(placement), asked))
     if problems := json.loads(kept.read_text()):
         raise ProfileError(f"profile {profile.name}: " + "\n".join(problems))
+
+
+def check_trainer_args(where: str, method: str, args: dict[str, Any]) -> None:
+    """Raise ProfileError if the TRL config class of a method refuses arguments that stand in no profile."""
+    if args and method in CONFIG_CLASS:
+        asked = {"args": {where: [CONFIG_CLASS[method], args]}, "rewards": []}
+        placement = StagePlacement()
+        if problems := _ask(str(job_python(placement)), job_environment(placement), asked):
+            raise ProfileError("\n".join(problems))
 
 
 def check_maker(recipe: Recipe) -> None:

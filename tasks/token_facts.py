@@ -29,10 +29,11 @@ TRAINERS = {  # the usual one of each kind of row
     "eval": "evaluate",
 }
 _TOKENIZER_ARGS = ("eos_token", "chat_template_path")
-_TOKENIZER_FILES = ("*token*", "vocab*", "merges*", "*.model", "chat_template*", "generation_config.json", "config.json")
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".msgpack", ".h5")
+_LIBRARIES = ("transformers", "tokenizers", "trl")
 _ARGS = (
     *("max_length", "truncation_mode", "packing", "packing_strategy", "completion_only_loss", "assistant_only_loss"),
-    *("max_completion_length", "dataset_text_field"),
+    *("max_completion_length", "dataset_text_field", "chat_template_kwargs"),
 )
 
 
@@ -52,16 +53,26 @@ def uses_of(recipe: Recipe, name: str) -> list[Use]:
     policy = Use(recipe.policy.method, recipe.policy.method, _only(recipe.policy.args, _ARGS), changed)
     samples = isinstance(recipe.policy, Grpo)
     if name == "sft":
-        return [Use("sft", "sft", _only(recipe.sft.args, _ARGS), changed)] if recipe.sft else []
+        return [_reader("sft", recipe.sft.args)] if recipe.sft else []
     if name == "preference":
         reward_model = recipe.reward_model
-        judge = [Use("reward_model", "reward_model", _only(reward_model.args, _ARGS))] if reward_model else []
+        judge = [_reader("reward_model", reward_model.args)] if reward_model else []
         return judge if samples else [policy, *judge]
     if name == "prompts":
         return [policy] if samples else []
     if recipe.datasets.eval.kind != "eval":
         return []
     return [Use("evaluate", "evaluate", {"max_completion_length": recipe.evaluate.max_new_tokens}, changed)]
+
+
+def _reader(stage: str, args: dict[str, Any]) -> Use:
+    """Return a stage that changes the tokenizer by its own arguments, as SFT and the reward model do."""
+    return Use(stage, stage, _only(args, _ARGS), _only(args, _TOKENIZER_ARGS))
+
+
+def usual_reader(kind: str, args: dict[str, Any]) -> Use:
+    """Return how the trainer that most use for rows of this kind reads them."""
+    return _reader(TRAINERS[kind], args)
 
 
 @dataclass(frozen=True)
@@ -80,7 +91,7 @@ class Tokens:
             "tokenizer": _tokenizer_digest(Path(self.base.path)),
             "uses": [{"stage": use.stage, **_asked(use)} for use in self.uses],
             "code": code_digest(MODULE),
-            "libraries": {name: versions[name] for name in ("transformers", "trl") if name in versions},
+            "libraries": {name: versions[name] for name in _LIBRARIES if name in versions},
         }
 
     def methods(self) -> dict[str, str]:
@@ -151,7 +162,7 @@ def _run(placement: StagePlacement, request: Path, stop: threading.Event) -> Non
 
 def _asked(use: Use) -> dict[str, Any]:
     template = Path(use.tokenizer.get("chat_template_path") or "")
-    digest = {"template": file_digest(template)} if template.is_file() else {}
+    digest = {"template": _tokenizer_digest(template) if template.is_dir() else file_digest(template)} if template.name else {}
     return {"method": use.method, "args": use.args, "tokenizer": use.tokenizer} | digest
 
 
@@ -161,10 +172,11 @@ def _only(args: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
 
 def _context(model: Path) -> int | None:
     """Return how many tokens the model was made for, None if its config does not say."""
-    config = model / "config.json"
-    return json.loads(config.read_text()).get("max_position_embeddings") if config.is_file() else None
+    config = json.loads((model / "config.json").read_text()) if (model / "config.json").is_file() else {}
+    return config.get("max_position_embeddings") or config.get("text_config", {}).get("max_position_embeddings")
 
 
 def _tokenizer_digest(model: Path) -> str:
-    files = {path.name: path for pattern in _TOKENIZER_FILES for path in model.glob(pattern) if path.is_file()}
-    return digest_of({name: file_digest(path) for name, path in files.items()})
+    """Return the digest of everything in a model's folder but its weights: templates may stand in folders of their own."""
+    files = sorted(path for path in model.rglob("*") if path.is_file() and path.suffix not in _WEIGHTS)
+    return digest_of({path.relative_to(model).as_posix(): file_digest(path) for path in files})

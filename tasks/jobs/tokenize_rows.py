@@ -139,8 +139,9 @@ class Use:
         if isinstance(text, str):
             return text
         return self.tokenizer.apply_chat_template(
-            text, tools=tools, tokenize=False, add_generation_prompt=opens_reply, chat_template=self.template
-        )
+            text, tools=tools, tokenize=False, add_generation_prompt=opens_reply, chat_template=self.template,
+            **(self.args.get("chat_template_kwargs") or {}),
+        )  # fmt: skip
 
     def _mask(self, side: Side, tools: list[dict] | None) -> list[int]:
         """Return 1 for each token of the assistant's, as the template's {% generation %} marks it."""
@@ -217,8 +218,10 @@ class Use:
         return not self.keep_end and len(encoded[0].prompt) >= self.max_length
 
     def _cuts(self) -> bool:
-        """Tell whether what is longer than `max_length` loses its end: packing by "wrapped" goes on in the next sequence."""
-        return self.max_length is not None and not (self.packing and self.args.get("packing_strategy") == "wrapped")
+        """Tell whether what is longer than `max_length` loses its end: some ways to pack go on in another sequence."""
+        return self.max_length is not None and not (
+            self.packing and self.args.get("packing_strategy") in ("wrapped", "bfd_split")
+        )
 
     def _prepared(self, encoded: list[Encoded]) -> int:
         if self.method == "sft":
@@ -239,6 +242,8 @@ class Use:
 
     def _round_trips(self, text: "Text", side: Encoded) -> bool:
         written = text.prompt if text.whole is None else text.whole
+        normalizer = self.tokenizer.backend_tokenizer.normalizer if self.tokenizer.is_fast else None
+        written = normalizer.normalize_str(written) if normalizer else written  # of é and é one is meant to become the other
         read = self.tokenizer.decode(side.ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return _squeezed(written) in _squeezed(read) if text.is_plain else _squeezed(written) == _squeezed(read)
 
@@ -248,7 +253,7 @@ class Use:
         return sum(len(self.special.findall(turn.get("content") or "")) for turn in turns)
 
     def _has_room(self, length: int) -> bool:
-        return self.context is None or length + self.args.get("max_completion_length", 0) <= self.context
+        return self.context is None or length + (self.args.get("max_completion_length") or 0) <= self.context
 
 
 @dataclass(frozen=True)
