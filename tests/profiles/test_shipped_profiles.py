@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from data_contracts.contract import contract_for
 from profiles.load import InvalidProfile, accelerate_file, load, shipped
 from profiles.schema import STAGES
+from tasks.check_profile import check_limits
 
 FOLDER = Path(__file__).parents[2] / "profiles"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
@@ -35,11 +35,7 @@ def test_shipped_profile_names_accelerate_files_that_exist(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_shipped_profile_sets_only_limits_that_its_contracts_have(name):
-    datasets = load(name).recipe.datasets
-    for field in type(datasets).model_fields:
-        if (dataset := getattr(datasets, field)) is not None:
-            limits = contract_for(dataset.kind).with_limits(dataset.contract).limits
-            assert limits.items() >= dataset.contract.items()
+    check_limits(load(name).recipe)
 
 
 @pytest.mark.parametrize("name", NAMES)
