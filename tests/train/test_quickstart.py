@@ -5,7 +5,6 @@ One home folder serves all tests here: each further run pays only for the stages
 
 import json
 import os
-import shutil
 import signal
 import sqlite3
 import subprocess
@@ -241,14 +240,3 @@ def test_two_processes_log_each_step_once_and_leave_one_adapter(first, tmp_path)
     assert [line["step"] for line in seen if "loss" in line["metrics"]] == [1, 2, 3, 4]
     assert result.status == "done" and (output / "adapter_model.safetensors").is_file()
     assert "world size 2" in (work / "log.txt").read_text()
-
-
-@pytest.mark.parametrize("seed", [2])
-def test_quickstart_learns_on_another_seed(seed, tmp_path, capsys):
-    home = Home(tmp_path)
-    summary, done = home.run("quickstart", f"recipe.seed={seed}")
-    assert done.returncode == 0, done.stderr
-    with capsys.disabled():
-        print(f"\nseed {seed}:", {name: round(e["value"], 3) for name, e in summary["metrics"]["accuracy"].items()})
-    assert policy_beats_sft_beats_base(summary)
-    shutil.rmtree(tmp_path)
