@@ -25,8 +25,7 @@ _GARBLED = r"\x{FFFD}|[ÂÃ][\x{80}-\x{BF}]|â€"  # bytes that were no text, a
 _UNFILLED = r"\{\{\s*\w+\s*\}\}"  # {{name}}
 _NO_INPUT = r"(?i)(\A|\n)[\s<`]*no ?input[\s>`.]*\z"  # Alpaca's; anchored at its end, and by itself, it costs next to nothing
 
-_ROLE, _CONTENT, _CALLS = (pl.element().struct.field(name) for name in ("role", "content", "tool_calls"))
-_SAID = pl.concat_str(_CONTENT, _CALLS, ignore_nulls=True)  # a turn may be a call and no more
+_ROLE, _CONTENT, _CALLS, _SAID = (pl.element().struct.field(name) for name in ("role", "content", "tool_calls", "said"))
 BANDS = [f"__band_{number}" for number in range(NUM_BANDS)]
 _SEEDS = (1, 2)  # two hashes of 64 bits: among 1 M texts, one in 10^26 runs would take two for the same
 
@@ -73,16 +72,17 @@ def digest_columns(name: str) -> list[str]:
 
 
 def _messages(name: str, type_: pl.DataType) -> pl.Expr:
-    """Return a column as lists of role, content and calls, whatever it holds: a string, strings, or messages."""
-    plain = pl.struct(role=pl.lit("text"), content=pl.element(), tool_calls=pl.lit(None, pl.String))
+    """Return a column as lists of role, content, calls and what was said, whatever it holds: a string, strings, or messages."""
+    no_calls = pl.lit(None, pl.String)
+    plain = pl.struct(role=pl.lit("text"), content=pl.element(), tool_calls=no_calls, said=pl.element())
     if type_ == pl.String:
         return pl.concat_list(name).list.eval(plain)
     if type_ == pl.List(pl.String):
         return pl.col(name).list.eval(plain)
     if any(field.name == "tool_calls" for field in type_.inner.fields):
-        return pl.col(name)
-    spoken = pl.struct(role=_ROLE, content=_CONTENT, tool_calls=pl.lit(None, pl.String))
-    return pl.col(name).list.eval(spoken)
+        said = pl.concat_str(_CONTENT, _CALLS, ignore_nulls=True)  # a turn may be a call and no more
+        return pl.col(name).list.eval(pl.struct(role=_ROLE, content=_CONTENT, tool_calls=_CALLS, said=said))
+    return pl.col(name).list.eval(pl.struct(role=_ROLE, content=_CONTENT, tool_calls=no_calls, said=_CONTENT))
 
 
 def _asked(kind: Kind) -> pl.Expr:

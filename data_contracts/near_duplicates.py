@@ -35,16 +35,17 @@ def _triples(texts: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
     A text of fewer words has one number, which only its equals share.
     """
     words, starts = word_numbers(b" ".join(texts))
-    ends = np.cumsum([len(text) + 1 for text in texts])
-    firsts = np.append(np.searchsorted(starts, ends - [len(text) + 1 for text in texts]), len(words))
+    sizes = np.array([len(text) + 1 for text in texts])
+    firsts = np.append(np.searchsorted(starts, np.cumsum(sizes) - sizes), len(words))
     counts = np.diff(firsts)
+    offsets = np.append(0, np.cumsum(np.maximum(counts - _WORDS + 1, 1)))
+    numbers = np.empty(offsets[-1], np.uint64)
+    is_short = counts < _WORDS
+    is_triple = np.ones(len(numbers), bool)
+    is_triple[offsets[:-1][is_short]] = False
     owners = np.repeat(np.arange(len(texts)), counts)
-    at = np.flatnonzero(owners[2:] == owners[:-2]) if len(words) >= _WORDS else np.zeros(0, np.int64)
-    short = np.flatnonzero(counts < _WORDS)
-    numbers = [
-        run_numbers(words, at, _WORDS),
-        *(run_numbers(words, firsts[[n]], counts[n]) + np.uint64(counts[n]) for n in short),
-    ]
-    of = np.concatenate([owners[at], short])
-    order = np.argsort(of, kind="stable")
-    return np.concatenate(numbers)[order], np.searchsorted(of[order], np.arange(len(texts) + 1))
+    at = np.flatnonzero(owners[_WORDS - 1 :] == owners[: len(owners) - _WORDS + 1]) if len(words) >= _WORDS else offsets[:0]
+    numbers[is_triple] = run_numbers(words, at, _WORDS)
+    for n in np.flatnonzero(is_short):
+        numbers[offsets[n]] = run_numbers(words, firsts[[n]], counts[n])[0] + np.uint64(counts[n])
+    return numbers, offsets
