@@ -28,6 +28,7 @@ def tracker(server: Server) -> str:
 def start_mlflow(server: Server, port: int) -> subprocess.Popen:
     backend = f"sqlite:///{server.folder / 'tracker.db'}"
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", port, "--workers", "1"]
+    command += ["--artifacts-destination", server.folder / "mlartifacts"]
     process = server.start(
         "mlflow", [*command, "--backend-store-uri", backend], {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     )
