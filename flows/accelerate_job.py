@@ -41,7 +41,7 @@ def accelerate_job(order: dict[str, Any]) -> State | None:
     try:
         with ended_by_name(wanted.stage):
             refuse_other_machine(wanted, here)
-            inputs = {name: here.resolve(ref, wanted.identity["inputs"][name]) for name, ref in wanted.inputs.items()}
+            inputs = {name: here.resolve(ref, wanted.digests[name]) for name, ref in wanted.inputs.items()}
             with watched(flow_run.id, flow_run.parent_flow_run_id) as stop:
                 build_here(wanted, inputs, here, mirror.hear, stop)
         outcome = {"error": None}

@@ -36,7 +36,9 @@ def plan(profile: Profile) -> list[dict[str, Any]]:
     reward_model = look.stage("reward_model", reward_model_stage, base, pairs) if recipe.reward_model else None
     rows = data["prompts" if isinstance(recipe.policy, Grpo) else "preference"]
     needed = [a for a, there in ((sft, recipe.sft), (reward_model, recipe.reward_model)) if there]
-    policy = look.stage(recipe.policy.method, policy_stage, base, sft, rows, reward_model, needed=[base, rows, *needed])
+    policy = look.stage(
+        recipe.policy.method, policy_stage, base, sft, rows, reward_model, held_out, needed=[base, rows, *needed]
+    )
     needed = [base, policy, held_out, *([sft] if recipe.sft else [])]
     evaluation = look.stage("evaluate", evaluate_stage, base, sft, policy, held_out, needed=needed)
     merged = look.stage("merge", merge_stage, base, policy)

@@ -100,7 +100,7 @@ def run_stages(run: PipelineRun) -> None:
     trained = all_done(run, training)
     sft, reward_model = trained.get("sft"), trained.get("reward_model")
     rows = data["prompts" if isinstance(recipe.policy, Grpo) else "preference"]
-    policy = done(run, start(train_policy, run, base, sft, rows, reward_model))
+    policy = done(run, start(train_policy, run, base, sft, rows, reward_model, held_out))
 
     evaluation = done(run, start(evaluate_policy, run, base, sft, policy, held_out))
     gate_candidate(run, run.store.fetch(evaluation))

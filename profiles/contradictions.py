@@ -1,7 +1,9 @@
 """Settings that are each fine alone and wrong together, most of which TRL would let pass."""
 
+import difflib
 from collections.abc import Iterator
 
+from profiles.drift import LOGGED, SIGNALS
 from profiles.schema import Dataset, Dpo, Grpo, Profile, Recipe
 
 SFT_KINDS = ("prompt_completion", "language_modeling")
@@ -93,16 +95,55 @@ def _prepared(recipe: Recipe) -> Iterator[str]:
 
 
 def _drift(profile: Profile) -> Iterator[str]:
-    kl_max, policy = profile.drift.kl_max, profile.recipe.policy
-    if kl_max is None:
-        return
-    if isinstance(policy, Dpo):
-        yield f"drift.kl_max is {kl_max} but recipe.policy.method 'dpo' logs no kl. Drop kl_max."
-    elif not policy.args.get("beta"):
+    drift, policy, metric = profile.drift, profile.recipe.policy, profile.recipe.evaluate.metric
+    known = (*SIGNALS, *LOGGED[policy.method])
+    for name in drift.signals:
+        if name not in known and not (isinstance(policy, Grpo) and name.startswith("rewards/")):
+            near = difflib.get_close_matches(name, known, n=3, cutoff=0.5) or sorted(LOGGED[policy.method])
+            yield (
+                f"drift.signals has {name!r}, which recipe.policy.method {policy.method!r} never logs: it would judge nothing. "
+                f"There is: {', '.join(near)}."
+            )
+    logs_kl = isinstance(policy, Grpo) and bool(policy.args.get("beta"))
+    if drift.signals.get("kl") is not None and not logs_kl and drift.canaries.num_prompts == 0:
         yield (
-            f"drift.kl_max is {kl_max} but recipe.policy.args.beta is {policy.args.get('beta', 0.0)}: TRL then loads no "
-            "reference model and logs no kl. Set beta > 0, or drop kl_max."
+            f"drift.canaries.num_prompts is 0 and recipe.policy ({policy.method}, beta {policy.args.get('beta', 0.0)}) logs no "
+            "kl: nothing measures drift.signals.kl. Set num_prompts > 0, or drift.signals.kl: null."
         )
+    blind = drift.canaries.num_prompts == 0 or metric != "accuracy"
+    if "reward_hacking" in drift.model_fields_set and drift.reward_hacking and blind:
+        yield (
+            f"drift.reward_hacking is set but drift.canaries.num_prompts is {drift.canaries.num_prompts} and "
+            f"recipe.evaluate.metric {metric!r}: there is no held-out reward. Set num_prompts > 0 with metric accuracy, or "
+            "drift.reward_hacking: null."
+        )
+    yield from _on_halt(profile)
+
+
+def _on_halt(profile: Profile) -> Iterator[str]:
+    drift, args = profile.drift, profile.recipe.policy.args
+    if drift.on_halt == "stop":
+        if "retry" in drift.model_fields_set:
+            yield "drift.retry is set but drift.on_halt is 'stop': nothing would be retried. Set on_halt: retry, or drop it."
+        return
+    if args.get("save_strategy", "no") == "no":
+        yield (
+            f"drift.on_halt is {drift.on_halt!r} but recipe.policy.args.save_strategy is 'no': there would be no checkpoint to "
+            "go back to. Set save_strategy: steps and save_steps."
+        )
+    if args.get("save_total_limit"):
+        yield (
+            f"drift.on_halt is {drift.on_halt!r} but recipe.policy.args.save_total_limit is {args['save_total_limit']}: the "
+            "last good checkpoint may be deleted before the halt. Drop save_total_limit."
+        )
+    if drift.on_halt == "retry":
+        for name in drift.retry.change:
+            value = args.get(name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not value:
+                yield (
+                    f"drift.retry.change.{name} multiplies recipe.policy.args.{name}, which is {value!r}: nothing would "
+                    f"change. Set recipe.policy.args.{name}, or change another argument."
+                )
 
 
 def _gates(profile: Profile) -> Iterator[str]:

@@ -24,7 +24,8 @@ _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
 )
 ORIGINS = ("path", "hub", "prepared")
-FREE_KEYS = ("args", "config", "contract", "columns", "env")  # their keys are another library's, checked against it later
+# their keys are another library's, or a metric's name, checked later
+FREE_KEYS = ("args", "config", "contract", "columns", "env", "signals", "change")
 
 
 class InvalidProfile(ValueError):

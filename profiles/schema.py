@@ -3,18 +3,15 @@
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
+
+from profiles.drift import Drift
+from profiles.strict import Strict
 
 OWNED_ARGS = (
     "reward_weights",
     "reward_funcs",
 ) + ("output_dir", "report_to", "run_name", "seed", "data_seed", "use_vllm", "vllm_mode", "use_cpu", "logging_dir")
-
-
-class Strict(BaseModel):
-    """No unknown keys, no value taken for another type's, and no change after loading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 def _plain(value: Any) -> Any:
@@ -190,19 +187,6 @@ class Recipe(Strict):
     policy: Policy
     evaluate: Evaluate = Evaluate()
     export: Export = Export()
-
-
-class Drift(Strict):
-    """Corridors of the policy stage; a series outside for `patience` log steps halts the run. Limits in nats per token.
-
-    On which runs the detectors were tried stands in tasks/monitoring/drift.py.
-    """
-
-    kl_max: float | None = Field(None, gt=0, description="limit of the moving average of `kl`")
-    entropy_ratio_min: float | None = Field(None, gt=0, lt=1, description="entropy against its first-steps median")
-    reference_steps: int = Field(10, gt=0, description="log steps whose median entropy is the reference")
-    smoothing: float = Field(0.3, gt=0, le=1, description="weight of the newest value in the moving average")
-    patience: int = Field(3, gt=0)
 
 
 class Gates(Strict):

@@ -11,6 +11,8 @@ PipelineError            1
 └── RunCancelled       130    someone stopped the run
 """
 
+from typing import Any
+
 
 class PipelineError(Exception):
     """A stop that the pipeline means; its text names the setting or rows, the value, what follows and the way out."""
@@ -41,9 +43,16 @@ class MachineUnfit(JobFailed):
 
 
 class DriftHalted(PipelineError):
-    """A monitored series left its corridor and stayed out; the text says which, when and by how much."""
+    """A monitored series left its corridor and stayed out; the text says which, when and by how much.
+
+    `last_good` is `{"checkpoint", "step", "left"}` of the last checkpoint inside the corridors, where one was kept.
+    """
 
     exit_code = 5
+
+    def __init__(self, text: str, last_good: dict[str, Any] | None = None):
+        super().__init__(text)
+        self.last_good = last_good
 
 
 class GateFailed(PipelineError):

@@ -10,8 +10,9 @@ from profiles.schema import StagePlacement
 class JobOrder(BaseModel):
     """The parameters of the flow `accelerate-job`; a worker's own settings decide nothing about the result.
 
-    `inputs` maps a name to a reference that `Store.resolve` understands on any machine; `work` is the stage's folder
-    relative to the home folder; `store_id` is the asking store's, for a worker to see that its own is the same one.
+    `inputs` maps a name to a reference that `Store.resolve` understands on any machine, `digests` to what must be found there;
+    `work` is the stage's folder relative to the home folder; `store_id` is the asking store's, for a worker to see that its own
+    is the same one.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -22,6 +23,7 @@ class JobOrder(BaseModel):
     config: dict[str, Any]
     drift: dict[str, Any] = {}
     inputs: dict[str, str] = {}
+    digests: dict[str, str] = {}
     identity: dict[str, Any]
     fingerprint: str
     placement: StagePlacement

@@ -11,7 +11,7 @@ class JobSpec(BaseModel):
 
     `inputs` maps a name to a folder (or a hub id for a base model); `output` is the empty folder the job fills;
     `work` holds what is not part of the artifact: log, metrics, result; `checkpoints` outlives the run, for the next one that
-    builds the same artifact.
+    builds the same artifact. A restart after a halt begins at `first_step` with the weights of the checkpoint `start_from`.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -25,6 +25,8 @@ class JobSpec(BaseModel):
     output: Path
     work: Path
     checkpoints: Path
+    start_from: Path | None = None
+    first_step: int = 0
 
     @property
     def metrics_file(self) -> Path:

@@ -11,10 +11,12 @@ from pathlib import Path
 from profiles.schema import StagePlacement
 from tasks.artifacts import Artifact, Store, disk_errors
 from tasks.environment import home
+from tasks.fingerprints import fingerprint
 from tasks.job_order import JobOrder
 from tasks.job_spec import JobSpec
-from tasks.local_job import Metrics, run_job
+from tasks.local_job import Metrics
 from tasks.pools import build_on_pool
+from tasks.restart import run_governed
 
 LOCAL = ["local"]
 LOCAL_SLOT = threading.Lock()
@@ -53,9 +55,10 @@ def build_here(
             stage=order.stage, module=order.module, seed=order.seed, config=order.config, drift=order.drift,
             inputs=inputs, output=staged, work=work_folder(order), checkpoints=checkpoints,
         )  # fmt: skip
-        result = run_job(spec, order.placement, on_metrics, stop, locks=[lock])
+        result = run_governed(spec, order.placement, on_metrics, stop, lock)
+        details = result.details | ({"judged_by": fingerprint(order.drift)} if order.drift else {})
         built = Artifact(
-            order.stage, str(staged), order.fingerprint, "", result.metrics, result.details, order.mlflow_run_id,
+            order.stage, str(staged), order.fingerprint, "", result.metrics, details, order.mlflow_run_id,
             round(time.monotonic() - start, 2),
         )  # fmt: skip
         artifact = store.commit(staged, built, order.identity)

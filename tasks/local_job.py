@@ -140,7 +140,8 @@ def _follow(
 ) -> int:
     """Return the exit code; on the way, hand over metrics as they come and the log at most once a second."""
     start = shipped = time.monotonic()
-    reader = MetricsReader(spec.metrics_file)
+    told = spec.metrics_file.stat().st_size if spec.metrics_file.is_file() else 0  # by the job that this one restarts
+    reader = MetricsReader(spec.metrics_file, told)
     while process.poll() is None:
         if stop.wait(POLL_SECONDS):
             raise Stopped
@@ -161,7 +162,7 @@ def _follow(
 def _outcome(spec: JobSpec, code: int, log_file: Path) -> JobResult:
     result = JobResult.model_validate_json(spec.result_file.read_text()) if spec.result_file.is_file() else None
     if result is not None and result.status == "halted":
-        raise DriftHalted(f"{spec.stage} halted: {result.error}\nLog: {log_file}")
+        raise DriftHalted(f"{spec.stage} halted: {result.error}\nLog: {log_file}", result.details["last_good"])
     if code == 0 and result is not None and result.status == "done":
         return result
     raise JobFailed(f"{spec.stage} exited with {code}: {_root_cause(spec.work, log_file)}\nLog: {log_file}")
@@ -184,9 +185,8 @@ class Stopped(Exception):
 class MetricsReader:
     """Reads the lines that were appended to a JSONL file since the last call; a half-written last line waits."""
 
-    def __init__(self, path: Path):
-        self.path = path
-        self.offset = 0
+    def __init__(self, path: Path, offset: int = 0):
+        self.path, self.offset = path, offset
 
     def new(self) -> Metrics:
         if not self.path.is_file():

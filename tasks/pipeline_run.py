@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from profiles.schema import Profile
-from tasks.artifacts import Artifact, Store, disk_errors
+from tasks.artifacts import Store, disk_errors
 from tasks.environment import home
 from tasks.monitoring import mlflow_runs
 from tasks.remote_store import RemoteStore
@@ -35,6 +35,7 @@ class StageRecord:
     mlflow_run_id: str | None = None
     metrics: dict[str, float] = field(default_factory=dict)
     reason: str | None = None
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -149,12 +150,8 @@ def recorded(run: PipelineRun, stage: str, key: str) -> Iterator[StageRecord]:
         record.status, record.reason = "failed", f"{type(error).__name__}: {error}"
         raise
     finally:
-        record.seconds = round(time.monotonic() - start, 2)
+        record.seconds = 0.0 if record.status == "cached" else round(time.monotonic() - start, 2)
         run.record(record)
-
-
-def cached_record(stage: str, artifact: Artifact) -> StageRecord:
-    return StageRecord(stage, "cached", artifact.fingerprint, 0.0, artifact.path, artifact.mlflow_run_id, artifact.metrics)
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -1,5 +1,7 @@
 """Train the policy from the SFT adapter with the profile's method (GRPO, DPO)."""
 
+from typing import Any
+
 from prefect import State, task
 from prefect.cache_policies import NO_CACHE
 
@@ -12,23 +14,46 @@ from tasks.stage_config import with_model
 
 @task(task_run_name="{run.profile.recipe.policy.method}", tags=["stage:policy"], cache_policy=NO_CACHE, persist_result=False)
 def train_policy(
-    run: PipelineRun, base: Artifact, sft: Artifact | None, rows: Artifact, reward_model: Artifact | None
+    run: PipelineRun,
+    base: Artifact,
+    sft: Artifact | None,
+    rows: Artifact,
+    reward_model: Artifact | None,
+    held_out: Artifact,
 ) -> Artifact | State:
     """Return the adapter that the method leaves, with `sft` as its start and its frozen reference.
 
     Raises JobFailed with the log's path, or DriftHalted if a corridor of `profile.drift` was left.
     """
-    return build(run, policy_stage(run.profile, base, sft, rows, reward_model), run.profile.placement.of("policy"))
+    stage = policy_stage(run.profile, base, sft, rows, reward_model, held_out)
+    return build(run, stage, run.profile.placement.of("policy"))
 
 
 def policy_stage(
-    profile: Profile, base: Artifact, sft: Artifact | None, rows: Artifact, reward_model: Artifact | None
+    profile: Profile,
+    base: Artifact,
+    sft: Artifact | None,
+    rows: Artifact,
+    reward_model: Artifact | None,
+    held_out: Artifact,
 ) -> Stage:
+    """Return the stage; `held_out` are the canaries that judge it while it trains and that it never trains on."""
     recipe = profile.recipe
     policy = recipe.policy
     given = {"base_model": base, "sft": sft, "rows": rows, "reward_model": reward_model}
     inputs = {name: artifact for name, artifact in given.items() if artifact is not None}
     config = with_model(recipe, base, **policy.model_dump(exclude={"method"}))
     return Stage(
-        policy.method, f"tasks.jobs.{policy.method}", config, inputs, recipe.seed, judged_by=profile.drift.model_dump()
-    )
+        policy.method, f"tasks.jobs.{policy.method}", config, inputs, recipe.seed, judged_by=judge(profile),
+        judged_on={"canaries": held_out} if profile.drift.canaries.num_prompts else {},
+        judge_changes=profile.drift.on_halt != "stop",
+    )  # fmt: skip
+
+
+def judge(profile: Profile) -> dict[str, Any]:
+    """Return the drift block as a job reads it: with the canaries' scorer and length from the evaluation, if not their own."""
+    evaluate, drift = profile.recipe.evaluate, profile.drift.model_dump()
+    canaries = drift["canaries"]
+    canaries["max_new_tokens"] = canaries["max_new_tokens"] or evaluate.max_new_tokens
+    canaries["scorer"] = evaluate.scorer if evaluate.metric == "accuracy" else None
+    return drift

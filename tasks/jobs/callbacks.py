@@ -1,18 +1,15 @@
-"""What listens to a TRL trainer: the metrics file that the pipeline reads, and the halt on drift."""
+"""What listens to a TRL trainer: the metrics file that the pipeline reads, and the stop on SIGTERM."""
 
 import json
-import math
 import signal
 import time
-from collections import defaultdict
 from pathlib import Path
 
 import torch
 from transformers import Trainer, TrainerCallback
 
 from tasks.job_spec import JobSpec
-from tasks.jobs.job import Halted
-from tasks.monitoring.drift import Breach, breach
+from tasks.monitoring.drift import FINDINGS
 
 SAVED = "saved"
 
@@ -21,7 +18,7 @@ class MetricsFile(TrainerCallback):
     """Appends every log line, unrenamed, to the job's metrics file; only rank 0 writes."""
 
     def __init__(self, spec: JobSpec):
-        self.path = spec.metrics_file
+        self.path, self.first_step = spec.metrics_file, spec.first_step
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Write the lines of the job that is gone on with: a curve has no gap, whichever run looks at it."""
@@ -35,7 +32,8 @@ class MetricsFile(TrainerCallback):
         if not state.is_world_process_zero:
             return
         metrics = {key: value for key, value in logs.items() if isinstance(value, int | float) and key != "step"}
-        line = {"step": step, "max_steps": state.max_steps, "time": time.time(), "metrics": metrics}
+        steps = {"step": self.first_step + step, "max_steps": self.first_step + state.max_steps}
+        line = steps | {"time": time.time(), "metrics": metrics, FINDINGS: logs.get(FINDINGS, [])}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
@@ -87,43 +85,3 @@ class FrozenWeights(TrainerCallback):
         with torch.no_grad():
             for parameter, kept in self.kept:
                 parameter.copy_(kept)
-
-
-class DriftHalt(TrainerCallback):
-    """Stops training at the log step at which a series has left its corridor for good.
-
-    TRL gathers its metrics over ranks before it logs them, so every rank comes to the same verdict at the same step.
-    """
-
-    WATCHED = ("loss", "reward", "kl", "entropy", "grad_norm")
-
-    def __init__(self, spec: JobSpec):
-        self.limits = spec.drift
-        self.series: dict[str, list[tuple[int, float]]] = defaultdict(list)
-        self.found: Breach | None = None
-        self.good: str | None = None
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        for logs in state.log_history:
-            self._take(logs["step"], logs)
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        self._take(state.global_step, logs or {})
-        if self.found is None and self.series:
-            self.found = breach(self.series, self.limits)
-        if self.found is not None:
-            control.should_training_stop = True
-
-    def _take(self, step, logs):
-        for key in self.WATCHED:
-            if key in logs:
-                self.series[key].append((step, float(logs[key])))
-
-    def on_save(self, args, state, control, **kwargs):
-        if self.found is None and all(math.isfinite(points[-1][1]) for points in self.series.values()):
-            self.good = f"{args.output_dir}/checkpoint-{state.global_step}"
-
-    def verdict(self) -> None:
-        """Raise Halted if training was stopped for drift."""
-        if self.found is not None:
-            raise Halted(self.found, self.good)

@@ -4,17 +4,17 @@ Greedy decoding, so nothing is random; the adapters are switched on one loaded b
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from transformers import GenerationConfig
 
 from tasks.job_spec import JobResult, JobSpec
 from tasks.jobs import without_vllm  # noqa: F401
+from tasks.jobs.answers import generate, scores_of
 from tasks.jobs.job import done, run
 from tasks.jobs.models import load_base, load_tokenizer, on_cpu
 from tasks.jobs.rewards import find_reward
@@ -69,38 +69,6 @@ def answers(model: PeftModel, tokenizer: Any, data: Dataset, config: Row) -> lis
             for prompt, text, answer, score in zip(batch["prompt"], texts, batch["answer"], scores, strict=True)
         ]
     return lines
-
-
-def scores_of(scorer: Callable, texts: list[str], batch: dict[str, list]) -> list[float]:
-    """Call a reward function as TRL does: with completions in the prompt's form, and the row's columns."""
-    chat = isinstance(batch["prompt"][0], list)
-    completions = [[{"role": "assistant", "content": text}] for text in texts] if chat else texts
-    columns = {name: values for name, values in batch.items() if name != "prompt"}
-    return scorer(prompts=batch["prompt"], completions=completions, **columns)
-
-
-def generate(model: Any, tokenizer: Any, prompts: list[Any], max_new_tokens: int) -> list[str]:
-    """Return the greedy completions of prompts.
-
-    A base's own generation_config may hold a repetition penalty, which applies to greedy decoding too: it is left out, here
-    as in the export. The chat template brings its special tokens itself; a plain text gets the tokenizer's, as in training.
-    """
-    texts = [render(tokenizer, prompt) for prompt in prompts]
-    plain = isinstance(prompts[0], str)
-    inputs = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=plain)
-    greedy = GenerationConfig(
-        do_sample=False, use_cache=True, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
-    )
-    model.generation_config = greedy  # generate() fills what its argument leaves open from here
-    ids = model.generate(**inputs.to(model.device), generation_config=greedy, max_new_tokens=max_new_tokens)
-    return tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-
-
-def render(tokenizer: Any, prompt: str | list[Row]) -> str:
-    """Return the text the model sees: the chat template's with its generation prompt, or the prompt as it is."""
-    if isinstance(prompt, str):
-        return prompt
-    return tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
 
 
 def preferences(model: PeftModel, tokenizer: Any, data: Dataset, config: Row) -> list[Row]:

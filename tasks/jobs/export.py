@@ -25,7 +25,7 @@ from peft import PeftModel
 from transformers import GenerationConfig
 
 from tasks.job_spec import JobResult, JobSpec
-from tasks.jobs.evaluate import generate
+from tasks.jobs.answers import generate
 from tasks.jobs.job import done, run
 from tasks.jobs.models import load_base, load_tokenizer, on_cpu
 from tasks.jobs.training import rows

@@ -44,12 +44,12 @@ def main(spec: JobSpec) -> JobResult:
     )
     if rollouts == "vllm":
         trainer.add_callback(FrozenWeights(trainer.model))
-    metrics = train(trainer, spec)
+    result = train(trainer, spec)
     if rollouts == "vllm":
-        _assert_synced(metrics)
+        _assert_synced(result.metrics)
     if trainer.is_world_process_zero():
         save_adapter(trainer.model, tokenizer, spec)
-    return done(metrics, rollouts=rollouts, rollouts_reason=why)
+    return done(result.metrics, **result.details, rollouts=rollouts, rollouts_reason=why)
 
 
 def choose_rollouts(spec: JobSpec) -> tuple[str, str | None]:

@@ -10,16 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from tasks.job_spec import JobResult, JobSpec
+from tasks.monitoring.drift import Finding
 
 HALT_EXIT_CODE = 5
 TERMINATED_EXIT_CODE = 143
 
 
 class Halted(Exception):
-    """A series left its corridor; every rank has stopped at the same step."""
+    """A signal left its corridor; every rank has stopped at the same step."""
 
-    def __init__(self, breach: object, last_good: str | None):
-        super().__init__(f"{breach} Last checkpoint inside the corridors: {last_good or 'none was saved'}.")
+    def __init__(self, finding: Finding, last_good: dict[str, Any] | None):
+        kept = f"that of step {last_good['step']}" if last_good else "none was saved"
+        super().__init__(f"{finding} Last checkpoint inside the corridors: {kept}.")
+        self.details = {"finding": finding.as_dict(), "last_good": last_good}
 
 
 class Interrupted(Exception):
@@ -36,7 +39,7 @@ def run(main: Callable[[JobSpec], JobResult]) -> None:
         result = main(spec)
     except Halted as halt:
         if rank == 0:
-            _leave(spec.result_file, JobResult(status="halted", error=str(halt)))
+            _leave(spec.result_file, JobResult(status="halted", error=str(halt), details=halt.details))
         sys.exit(HALT_EXIT_CODE)
     except Interrupted:
         sys.exit(TERMINATED_EXIT_CODE)

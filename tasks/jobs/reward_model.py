@@ -33,7 +33,7 @@ def main(spec: JobSpec) -> JobResult:
         peft_config=lora_config(spec.config["lora"], "SEQ_CLS"),
     )
     prove_rows(spec, trainer.train_dataset, trainer.eval_dataset)
-    metrics = train(trainer, spec) | trainer.evaluate()
+    metrics = train(trainer, spec).metrics | trainer.evaluate()
     if trainer.is_world_process_zero():
         trained = trainer.model.merge_and_unload() if spec.config["lora"] else trainer.model
         trained.save_pretrained(str(spec.output))

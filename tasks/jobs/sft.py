@@ -2,7 +2,7 @@
 
 from tasks.job_spec import JobResult, JobSpec
 from tasks.jobs import without_vllm  # noqa: F401  (before trl: importing vLLM costs seconds that only rollouts need)
-from tasks.jobs.job import done, run
+from tasks.jobs.job import run
 from tasks.jobs.models import load_base, load_tokenizer, lora_config, save_adapter
 from tasks.jobs.training import prove_rows, rows, train, trl_args
 
@@ -19,10 +19,10 @@ def main(spec: JobSpec) -> JobResult:
         peft_config=lora_config(spec.config["lora"], "CAUSAL_LM"),
     )
     prove_rows(spec, trainer.train_dataset, packing=trainer.args.packing)
-    metrics = train(trainer, spec, len(data))
+    result = train(trainer, spec, len(data))
     if trainer.is_world_process_zero():
         save_adapter(trainer.model, tokenizer, spec)
-    return done(metrics)
+    return result
 
 
 if __name__ == "__main__":

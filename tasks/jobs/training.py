@@ -10,10 +10,12 @@ from datasets import Dataset
 from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from tasks.job_spec import JobSpec
-from tasks.jobs.callbacks import DriftHalt, MetricsFile, StopOnTerm, last_saved
+from tasks.job_spec import JobResult, JobSpec
+from tasks.jobs.callbacks import MetricsFile, StopOnTerm, last_saved
+from tasks.jobs.canaries import add_canaries
 from tasks.jobs.conversations import with_tool_calls
-from tasks.jobs.job import Interrupted
+from tasks.jobs.governor import Governor, load_weights, settle
+from tasks.jobs.job import Interrupted, done
 from tasks.jobs.models import on_cpu
 
 _IDS = ("input_ids", "prompt_ids", "chosen_ids", "rejected_ids")
@@ -58,20 +60,17 @@ def prove_rows(spec: JobSpec, *prepared: Dataset, packing: bool = False) -> None
         )
 
 
-def train(trainer: Trainer, spec: JobSpec, num_rows: int | None = None) -> dict[str, float]:
-    """Train to the end and return the final value of every metric that was logged.
+def train(trainer: Trainer, spec: JobSpec, num_rows: int | None = None) -> JobResult:
+    """Train to the end and return the final value of every metric that was logged, and what became of a halt.
 
     `num_rows` is how many went in. TRL leaves out rows of which truncation leaves nothing to train on, and says so in the
     title of a progress bar: `data/dropped_rows` counts them (packing joins rows, so there it cannot be told).
     Told to end by SIGTERM it saves a checkpoint and raises Interrupted; the next job with the same `checkpoints` goes on there.
     Raises Halted on drift, and RuntimeError if a trainable tensor did not change or a frozen one did.
     """
-    drift = DriftHalt(spec) if spec.drift else None
-    trainer.remove_callback(PrinterCallback)
-    trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(MetricsFile(spec))
-    if drift is not None:
-        trainer.add_callback(drift)
+    governor = listened(trainer, spec)
+    if spec.start_from:
+        load_weights(trainer.model, spec.start_from)
     before = {name: _sample(p) for name, p in trainer.model.named_parameters()}
     packed = getattr(trainer.args, "packing", False)
     dropped = 0 if num_rows is None or packed else num_rows - len(trainer.train_dataset)
@@ -83,10 +82,22 @@ def train(trainer: Trainer, spec: JobSpec, num_rows: int | None = None) -> dict[
     trainer.train(resume_from_checkpoint=resumed)
     if stop.stopped:
         raise Interrupted
-    if drift is not None:
-        drift.verdict()
+    details = settle(governor, trainer, spec)
     _assert_moved(trainer.model, before)
-    return final_metrics(trainer.state.log_history) | {"data/dropped_rows": float(dropped)}
+    metrics = final_metrics(trainer.state.log_history) | governor.metrics() | {"data/dropped_rows": float(dropped)}
+    return done(metrics, **details)
+
+
+def listened(trainer: Trainer, spec: JobSpec) -> Governor:
+    """Add our listeners, each seeing what those before it added to a log line: canaries, governor, metrics file."""
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    if "canaries" in spec.inputs:
+        add_canaries(trainer, rows(spec, "canaries"), spec)
+    governor = Governor(trainer, spec)
+    trainer.add_callback(governor)
+    trainer.add_callback(MetricsFile(spec))
+    return governor
 
 
 def final_metrics(history: list[dict[str, Any]]) -> dict[str, float]:
@@ -94,7 +105,7 @@ def final_metrics(history: list[dict[str, Any]]) -> dict[str, float]:
     last: dict[str, list[float]] = {}
     for line in history:
         for key, value in line.items():
-            if isinstance(value, int | float) and key not in ("step", "epoch"):
+            if isinstance(value, int | float) and key not in ("step", "epoch") and not key.startswith("drift/"):
                 last.setdefault(key, []).append(float(value))
     return {key: sum(values[-5:]) / len(values[-5:]) for key, values in last.items()}
 

@@ -203,6 +203,17 @@ def history(run_id: str, key: str) -> list[tuple[int, float]]:
     return sorted((m.step, m.value) for m in _client().get_metric_history(run_id, key))
 
 
+def histories(run_id: str, keys: list[str]) -> dict[str, list[tuple[int, float]]]:
+    """Return the series of those metrics that the run logged; nothing if the tracker does not have the run any more."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        logged = _client().get_run(run_id).data.metrics
+    except MlflowException:
+        return {}
+    return {key: history(run_id, key) for key in keys if key in logged}
+
+
 def clean(value: Any) -> str:
     """Return text that every MLflow backend takes: no NUL, no lone surrogates."""
     return str(value).replace("\x00", "\\0").encode("utf-8", "replace").decode()
