@@ -1,4 +1,4 @@
-"""The `posttrain` command: run, plan, validate, ui, pools, sweep, doctor."""
+"""The `posttrain` command: run, plan, validate, drift, ui, pools, sweep, doctor."""
 
 import json
 import os
@@ -93,6 +93,26 @@ def validate(
     else:
         verdicts = validation.of_file(data, kind, layout, validation.column_names(columns), model, overrides)
     terminal.show_verdicts(verdicts)
+
+
+@app.command()
+def drift(
+    profile: Annotated[str | None, typer.Argument(help="a profile's name; with --series, whose drift block judges")] = None,
+    overrides: Overrides = None,
+    last: Annotated[int, typer.Option(min=1, help="how many runs")] = 20,
+    series: Annotated[Path | None, typer.Option(help="judge this metrics.jsonl, CSV or JSON file; exit 5 if it halts")] = None,
+) -> None:
+    """Show a profile's last runs by their canaries, or run the detectors over recorded series."""
+    from flows import drift_history, terminal
+    from profiles.schema import Drift
+    from tasks.check_profile import load_profile
+
+    if series is None:
+        if profile is None:
+            raise typer.BadParameter("give a profile's name, or --series FILE")
+        return terminal.show_history(profile, drift_history.history(profile, last))
+    judged = load_profile(profile, overrides).drift if profile else Drift()
+    sys.exit(terminal.show_findings(drift_history.judge_file(series, judged)))
 
 
 @app.command()

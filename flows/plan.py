@@ -13,6 +13,7 @@ from tasks.fingerprints import fingerprint
 from tasks.merge_lora import merge_stage
 from tasks.pipeline_run import last_manifests, store
 from tasks.prepare_data import find_base_model, prepare_stage
+from tasks.retrains import find_champion
 from tasks.train_policy import policy_stage
 from tasks.train_reward_model import reward_model_stage
 from tasks.train_sft import sft_stage
@@ -40,7 +41,8 @@ def plan(profile: Profile) -> list[dict[str, Any]]:
         recipe.policy.method, policy_stage, base, sft, rows, reward_model, held_out, needed=[base, rows, *needed]
     )
     needed = [base, policy, held_out, *([sft] if recipe.sft else [])]
-    evaluation = look.stage("evaluate", evaluate_stage, base, sft, policy, held_out, needed=needed)
+    champion = find_champion(profile, store(), policy, base) if policy and base else None
+    evaluation = look.stage("evaluate", evaluate_stage, base, sft, policy, held_out, champion, needed=needed)
     merged = look.stage("merge", merge_stage, base, policy)
     look.stage("export", export_stage, base, policy, merged, held_out, evaluation)
     return look.rows

@@ -14,7 +14,7 @@ from prefect.artifacts import create_link_artifact, create_markdown_artifact
 from prefect.client.orchestration import get_client
 
 from flows import report
-from tasks import gates
+from tasks import gates, retrains
 from tasks.artifacts import Artifact, disk_errors
 from tasks.errors import GateFailed, RunCancelled, RunDied
 from tasks.interrupts import interrupts, suspension
@@ -72,6 +72,7 @@ def summarise(run: PipelineRun, error: BaseException | None) -> dict[str, Any]:
         "stages": [asdict(record) for record in in_order(run, [*records, *skipped(run, by_stage)])],
         "metrics": _read(run.folder / "metrics.json", {}),
         "gate": _read(run.folder / "gate.json", None),
+        "retrain": _read(run.folder / "retrain.json", None),
         "approval": _read(run.folder / "approval.json", None),
         "export": export.artifact if export else None,
         "serve": serve_command(run, export),
@@ -122,11 +123,20 @@ def skipped(run: PipelineRun, by_stage: dict[str, StageRecord]) -> list[StageRec
     return [StageRecord(s, "skipped", reason=reasons.get(s) or late) for s in stages if s not in by_stage]
 
 
-def gate_candidate(run: PipelineRun, evaluation: Artifact) -> None:
-    """Judge the policy on the evaluation's scores; raises GateFailed with every reason and its numbers."""
+def gate_candidate(run: PipelineRun, policy: Artifact, evaluation: Artifact, held_out: Artifact) -> None:
+    """Judge the policy on the evaluation's scores and against the last accepted ones; raises GateFailed with every reason."""
     metric = run.profile.recipe.evaluate.metric
     scores = read_scores(evaluation / "samples.jsonl")
     verdict = gates.judge(scores, run.profile.gates, metric)
+    canaries = {name: v for name, v in (policy.metrics | evaluation.metrics).items() if name in retrains.SIGNALS}
+    key = retrains.canary_key(run.profile, held_out)
+    drifted = retrains.compare(canaries, retrains.past_canaries(run.profile, policy, key), run.profile.drift.between_runs)
+    write_json(run.folder / "retrain.json", {"canaries": canaries, "drifted": [asdict(d) for d in drifted]})
+    retrains.leave_canaries(run, policy, key, canaries)
+    for found in drifted:
+        log.warning("between retrains: %s", found.text)
+    if failing := [found.text for found in drifted if found.fails]:
+        verdict = gates.Verdict(False, [*verdict.reasons, *failing])
     estimates = {name: asdict(gates.estimate(values)) for name, values in scores.items()}
     write_json(run.folder / "metrics.json", {metric: estimates})
     write_json(run.folder / "gate.json", asdict(verdict))
@@ -152,6 +162,8 @@ def publish(run: PipelineRun, summary: dict[str, Any]) -> None:
     write_json(run.folder / "summary.json", summary)
     for record in summary["stages"]:
         mlflow_runs.set_tags(run.mlflow_run_id, {f"stage.{record['stage']}": record["status"]})
+    if summary["exit_code"] == 0:
+        mlflow_runs.set_tags(run.mlflow_run_id, {"accepted": "true"})
     plots = report.plots_of(summary["stages"])
     (run.folder / "report.html").write_text(report.html(run, summary, plots), encoding="utf-8")
     mlflow_runs.log_file(run.mlflow_run_id, run.folder / "report.html")

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.status import Status
 from rich.table import Table
 
-from tasks.errors import PipelineError
+from tasks.errors import DriftHalted, PipelineError
 
 console = Console(stderr=True)
 STATUS_COLOUR = {"ran": "green", "cached": "cyan", "failed": "red", "skipped": "dim", "run": "yellow"}
@@ -91,6 +91,35 @@ def show_plan(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         table.add_row(row["stage"], f"[{STATUS_COLOUR[row['status']]}]{row['status']}[/]", escape("\n".join(row["why"])))
     Console().print(table)
+
+
+def show_history(profile: str, rows: list[dict[str, Any]]) -> None:
+    """Print a line per run, the oldest first, under a sparkline of each signal."""
+    from flows.drift_history import sparkline
+
+    if not rows:
+        console.print(f"no run of {escape(profile)} is in MLflow here")
+        return
+    signals = [name for name in rows[0] if name.startswith("canary/") and any(row[name] is not None for row in rows)]
+    table = Table(box=None, pad_edge=False)
+    for column in ("run", "when (UTC)", "verdict", "policy", *(name.removeprefix("canary/") for name in signals)):
+        table.add_column(column, overflow="fold", justify="right" if len(table.columns) > 3 else "left")
+    table.add_row("", "", "", "", *(sparkline([row[name] for row in rows]) for name in signals))
+    for row in rows:
+        values = ["" if row[name] is None else f"{row[name]:.3f}" for name in signals]
+        table.add_row(*(escape(row[key]) for key in ("run", "when", "verdict", "policy")), *values)
+    Console().print(table)
+
+
+def show_findings(findings: list[Any]) -> int:
+    """Print what the detectors found and return the exit code: 5 if a run with these series would have been halted."""
+    out = Console()
+    for finding in findings:
+        colour = "red" if finding.severity == "halt" else "yellow"
+        out.print(f"[{colour}]{finding.severity}[/] {escape(str(finding))}", highlight=False, soft_wrap=True)
+    if not findings:
+        out.print("[green]inside[/] every corridor")
+    return DriftHalted.exit_code if any(finding.severity == "halt" for finding in findings) else 0
 
 
 def show_verdicts(verdicts: list[tuple[str, Path, Any]]) -> None:

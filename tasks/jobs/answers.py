@@ -7,6 +7,7 @@ import torch
 from transformers import BatchEncoding, GenerationConfig
 
 Row = dict[str, Any]
+SEED = 20240506  # of all canaries: the same draws at every measurement, so that what changes is the policy
 
 
 def scores_of(scorer: Callable, texts: list[str], batch: dict[str, list]) -> list[float]:
@@ -66,3 +67,13 @@ def samples(model: Any, tokenizer: Any, prompts: list[Any], max_new_tokens: int)
     mask = (num_ends == 0) | ((num_ends == 1) & (new == eos))
     texts = tokenizer.batch_decode(new.where(mask, tokenizer.pad_token_id), skip_special_tokens=True)
     return {"ids": ids, "attention": torch.cat([inputs["attention_mask"], mask.long()], 1), "mask": mask, "texts": texts}
+
+
+def log_probabilities(model: Any, batch: dict[str, Any]) -> torch.Tensor:
+    """Return log p of every token at each new token's place: rows × new tokens × vocabulary, in float32."""
+    num_new = batch["mask"].shape[1]
+    positions = (batch["attention"].cumsum(1) - 1).clamp(min=0)
+    logits = model(
+        input_ids=batch["ids"], attention_mask=batch["attention"], position_ids=positions, logits_to_keep=num_new + 1
+    ).logits
+    return torch.log_softmax(logits[:, :-1].float(), dim=-1)

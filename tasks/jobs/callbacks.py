@@ -4,6 +4,7 @@ import json
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import Trainer, TrainerCallback
@@ -36,6 +37,11 @@ class MetricsFile(TrainerCallback):
         line = steps | {"time": time.time(), "metrics": metrics, FINDINGS: logs.get(FINDINGS, [])}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+
+
+def of_training(logs: dict[str, Any] | None) -> bool:
+    """Tell whether a log line is a training step's, not an evaluation's or the summary at the end."""
+    return bool(logs) and "train_runtime" not in logs and not any(name.startswith("eval_") for name in logs)
 
 
 class StopOnTerm(TrainerCallback):

@@ -15,11 +15,11 @@ from datasets import Dataset
 from transformers import Trainer, TrainerCallback
 
 from tasks.job_spec import JobSpec
-from tasks.jobs.answers import samples, scores_of
+from tasks.jobs.answers import SEED, log_probabilities, samples, scores_of
+from tasks.jobs.callbacks import of_training
 from tasks.jobs.rewards import find_reward
 
 log = logging.getLogger(__name__)
-SEED = 20240506  # the same draws at every measurement, so that what changes is the policy
 
 
 class Canaries(TrainerCallback):
@@ -39,7 +39,7 @@ class Canaries(TrainerCallback):
         self.start = [(p, p.detach().clone()) for p in trainer.model.parameters() if p.requires_grad]
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if not logs or "train_runtime" in logs:
+        if not of_training(logs):
             return
         number = state.global_step // state.logging_steps
         if number % self.every and number != 1 and state.global_step < state.max_steps:
@@ -112,13 +112,3 @@ def apart(model: torch.nn.Module) -> Iterator[None]:
     finally:
         model.generation_config = config
         model.train(training)
-
-
-def log_probabilities(model: Any, batch: dict[str, Any]) -> torch.Tensor:
-    """Return log p of every token at each new token's place: rows × new tokens × vocabulary, in float32."""
-    num_new = batch["mask"].shape[1]
-    positions = (batch["attention"].cumsum(1) - 1).clamp(min=0)
-    logits = model(
-        input_ids=batch["ids"], attention_mask=batch["attention"], position_ids=positions, logits_to_keep=num_new + 1
-    ).logits
-    return torch.log_softmax(logits[:, :-1].float(), dim=-1)

@@ -14,7 +14,7 @@ from peft import PeftModel
 
 from tasks.job_spec import JobResult, JobSpec
 from tasks.jobs import without_vllm  # noqa: F401
-from tasks.jobs.answers import generate, scores_of
+from tasks.jobs.answers import SEED, generate, log_probabilities, samples, scores_of
 from tasks.jobs.job import done, run
 from tasks.jobs.models import load_base, load_tokenizer, on_cpu
 from tasks.jobs.rewards import find_reward
@@ -31,17 +31,35 @@ def main(spec: JobSpec) -> JobResult:
     judge = answers if metric == "accuracy" else preferences
     metrics: dict[str, float] = {}
     with (spec.output / "samples.jsonl").open("w", encoding="utf-8") as file:
-        for name in ("base", *model.peft_config):
+        for name in ("base", *(name for name in model.peft_config if name != "champion")):
             with speaking(model, name):
                 lines = judge(model, tokenizer, data, spec.config)
             metrics[f"{metric}/{name}"] = sum(line["score"] for line in lines) / len(lines)
             file.writelines(json.dumps({"model": name, "row": i} | line) + "\n" for i, line in enumerate(lines))
+    if "champion" in spec.inputs:
+        metrics["canary/kl_to_champion"] = kl_to_champion(model, tokenizer, data, spec.config["canaries"])
     return done(metrics, num_rows=len(data), device=str(model.device))
+
+
+def kl_to_champion(model: PeftModel, tokenizer: Any, data: Dataset, settings: Row) -> float:
+    """Return KL(policy || champion) on the policy's own answers to the canaries, in nats per token."""
+    prompts = data.select(range(min(settings["num_prompts"], len(data))))["prompt"]
+    torch.manual_seed(SEED)
+    kl = tokens = 0.0
+    for start in range(0, len(prompts), settings["batch_size"]):
+        with speaking(model, "policy"):
+            batch = samples(model, tokenizer, prompts[start : start + settings["batch_size"]], settings["max_new_tokens"])
+            logp = log_probabilities(model, batch)
+        with speaking(model, "champion"):
+            other = log_probabilities(model, batch)
+        kl += (logp.exp() * (logp - other)).sum(-1)[batch["mask"]].sum().item()
+        tokens += batch["mask"].sum().item()
+    return kl / tokens
 
 
 def load_models(spec: JobSpec) -> PeftModel:
     """Return the base with each trained adapter under its stage's name; none is active yet."""
-    names = [name for name in ("sft", "policy") if name in spec.inputs]
+    names = [name for name in ("sft", "policy", "champion") if name in spec.inputs]
     model = PeftModel.from_pretrained(load_base(spec), spec.inputs[names[0]], adapter_name=names[0])
     for name in names[1:]:
         model.load_adapter(spec.inputs[name], adapter_name=name)

@@ -10,6 +10,7 @@ from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from transformers import Trainer, TrainerCallback
 
 from tasks.job_spec import JobSpec
+from tasks.jobs.callbacks import of_training
 from tasks.jobs.job import Halted
 from tasks.monitoring.drift import FINDINGS, HALT, Finding, Series, closeness, corridors, is_inside, judge, watched
 
@@ -40,7 +41,7 @@ class Governor(TrainerCallback):
         self.warned = {(finding["signal"], finding["detector"]) for finding in self.findings}
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if not logs or self.halt is not None or "train_runtime" in logs:
+        if self.halt is not None or not of_training(logs):
             return
         self._take(state.global_step, logs)
         findings = self._agreed(judge(self.series, self.drift) if self.series else [])

@@ -38,9 +38,10 @@ class Finding:
         side = "above" if self.value > self.limit else "below"
         what = {"slope": "grew per log step by", "cusum": "has a CUSUM of", "reward_hacking": "fell from its best by"}
         while_what = " while the training reward did not fall" if self.detector == "reward_hacking" else ""
+        lasting = f" for {self.patience} log steps in a row" if self.patience > 1 else ""
         return (
             f"{self.signal} {what.get(self.detector, 'averaged')} {self.value:.4g} at step {self.step}, {side} its "
-            f"{self.severity} limit {self.limit:.4g} for {self.patience} log steps in a row{while_what}."
+            f"{self.severity} limit {self.limit:.4g}{lasting}{while_what}."
         )
 
     def as_dict(self) -> dict[str, Any]:

@@ -214,6 +214,29 @@ def histories(run_id: str, keys: list[str]) -> dict[str, list[tuple[int, float]]
     return {key: history(run_id, key) for key in keys if key in logged}
 
 
+def accepted_runs(experiment: str, limit: int) -> list[dict[str, Any]]:
+    """Return what `pipeline_runs` does of a profile's accepted runs, the newest first."""
+    return pipeline_runs(experiment, "tags.accepted = 'true'", limit)
+
+
+def pipeline_runs(experiment: str, condition: str, limit: int) -> list[dict[str, Any]]:
+    """Return `{"run_id", "started", "status", "tags", "metrics"}` of a profile's pipeline runs, the newest first."""
+    found = _client().get_experiment_by_name(experiment)
+    if found is None:
+        return []
+    runs = _client().search_runs([found.experiment_id], condition, max_results=limit, order_by=["attributes.start_time DESC"])
+    return [
+        {
+            "run_id": run.info.run_id,
+            "started": run.info.start_time / 1000,
+            "status": run.info.status,
+            "tags": run.data.tags,
+            "metrics": run.data.metrics,
+        }
+        for run in runs
+    ]
+
+
 def clean(value: Any) -> str:
     """Return text that every MLflow backend takes: no NUL, no lone surrogates."""
     return str(value).replace("\x00", "\\0").encode("utf-8", "replace").decode()

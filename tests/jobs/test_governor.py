@@ -75,8 +75,7 @@ def test_kl_and_entropy_are_those_of_the_full_distributions(grpo_spec, made, sft
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from tasks.jobs.answers import samples
-    from tasks.jobs.canaries import log_probabilities
+    from tasks.jobs.answers import log_probabilities, samples
 
     tokenizer = AutoTokenizer.from_pretrained(sft_adapter)
     base = AutoModelForCausalLM.from_pretrained(made / "base_model")

@@ -1,0 +1,91 @@
+"""A policy against the last accepted ones of its profile: MLflow is the history, the canaries are what is compared."""
+
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from profiles.drift import BetweenRuns
+from profiles.schema import Profile
+from tasks.artifacts import Artifact
+from tasks.fingerprints import fingerprint
+from tasks.monitoring import mlflow_runs
+from tasks.pipeline_run import PipelineRun
+
+SIGNALS = ("canary/reward", "canary/entropy", "canary/kl", "canary/length", "canary/kl_to_champion")
+
+
+@dataclass(frozen=True)
+class Drifted:
+    """How far a policy's canaries are from the accepted ones', and whether that stops its release."""
+
+    fails: bool
+    text: str
+
+
+def canary_key(profile: Profile, held_out: Artifact) -> str:
+    """Return what two runs must have in common for their canaries to be comparable: prompts, scorer, length."""
+    settings = profile.drift.canaries
+    asked = {"rows": held_out.digest, "num_prompts": settings.num_prompts, "scorer": profile.recipe.evaluate.scorer}
+    return fingerprint(asked | {"max_new_tokens": settings.max_new_tokens or profile.recipe.evaluate.max_new_tokens})
+
+
+def find_champion(profile: Profile, store: Any, policy: Artifact, base: Artifact) -> Artifact | None:
+    """Return the newest accepted policy of the profile that is another one, on the same base, and still in the store."""
+    if not profile.drift.canaries.num_prompts:
+        return None
+    for past in mlflow_runs.accepted_runs(profile.name, 50):
+        stage, key = past["tags"].get("policy.stage", ""), past["tags"].get("policy.fingerprint", "")
+        if key == policy.fingerprint:
+            continue
+        identity = store.identity(stage, key) or {}
+        if identity.get("inputs", {}).get("base_model") == base.digest and (found := store.find(stage, key)):
+            return found
+    return None
+
+
+def past_canaries(profile: Profile, policy: Artifact, key: str) -> list[dict[str, float]]:
+    """Return the canaries' values of the last accepted other policies, the newest first."""
+    found: dict[str, dict[str, float]] = {}
+    for past in mlflow_runs.accepted_runs(profile.name, 50):
+        tags = past["tags"]
+        if tags.get("canaries") == key and tags.get("policy.fingerprint") != policy.fingerprint:
+            found.setdefault(tags["policy.fingerprint"], past["metrics"])
+    return list(found.values())[: profile.drift.between_runs.last]
+
+
+def compare(new: dict[str, float], past: list[dict[str, float]], limits: BetweenRuns) -> list[Drifted]:
+    """Return what has drifted between the accepted runs and this one; nothing where there is nothing to compare with."""
+    found = []
+    before, reward = _median(past, "canary/reward"), new.get("canary/reward")
+    if before is not None and reward is not None:
+        text = f"canary/reward is {reward:.3f}, {before:.3f} in the last accepted runs (median of {len(past)}): a drop of"
+        found.append(_beyond(before - reward, limits.reward_drop_warn, limits.reward_drop_max, text))
+    before, entropy = _median(past, "canary/entropy"), new.get("canary/entropy")
+    if before and entropy is not None:
+        text = f"canary/entropy is {entropy:.3f}, {before:.3f} in the last accepted runs (median of {len(past)}): a ratio of"
+        lowest = limits.entropy_ratio_min
+        found.append(_beyond(-entropy / before, -limits.entropy_ratio_warn, None if lowest is None else -lowest, text))
+    if (kl := new.get("canary/kl_to_champion")) is not None:
+        text = "the policy's KL to the last accepted one, in nats per token on the canaries, is"
+        found.append(_beyond(kl, limits.kl_to_champion_warn, limits.kl_to_champion_max, text))
+    return [drifted for drifted in found if drifted is not None]
+
+
+def leave_canaries(run: PipelineRun, policy: Artifact, key: str, canaries: dict[str, float]) -> None:
+    """Leave in the run's MLflow tags and metrics what later runs are compared with, once this one is accepted."""
+    tags = {"policy.stage": policy.stage, "policy.fingerprint": policy.fingerprint, "canaries": key}
+    mlflow_runs.set_tags(run.mlflow_run_id, tags)
+    mlflow_runs.log_scalars(run.mlflow_run_id, canaries)
+
+
+def _beyond(value: float, warn: float, fail: float | None, text: str) -> Drifted | None:
+    fails = fail is not None and value > fail
+    if not fails and value <= warn:
+        return None
+    what, limit = ("fail", fail) if fails else ("warn", warn)
+    return Drifted(fails, f"{text} {abs(value):.3f} ({what} limit {abs(limit):g} of drift.between_runs).")
+
+
+def _median(past: list[dict[str, float]], signal: str) -> float | None:
+    values = [metrics[signal] for metrics in past if signal in metrics]
+    return median(values) if values else None
