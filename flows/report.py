@@ -1,45 +1,53 @@
 """The report of a run: what each stage came to, the curves, the verdict, and what the models write. One file, no network."""
 
-import base64
 import html as escaping
-import io
 import json
 from pathlib import Path
 from typing import Any
 
-from tasks.monitoring import mlflow_runs
+from tasks.monitoring import curves, mlflow_runs
 from tasks.monitoring.metrics import CURVES, MEANING, key_metric
 from tasks.pipeline_run import PipelineRun
+from tasks.remote_store import MANIFEST
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1f2430; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
-table { border-collapse: collapse; margin: 1rem 0 }
+table { border-collapse: collapse; margin: 1rem 0; display: block; overflow-x: auto }
 th, td { text-align: left; padding: .3rem .8rem; border-bottom: 1px solid #dde }
-th { font-weight: 600 } .ok { color: #186a3b } .bad { color: #b03a2e } code { background: #f3f4f8; padding: 0 .2rem }
-img { max-width: 100% } pre { white-space: pre-wrap; background: #f7f8fb; padding: .6rem } .muted { color: #667 }
+th { font-weight: 600 } .ok { color: #186a3b } .bad { color: #b03a2e } .warn { color: #9a5b00 }
+code { background: #f3f4f8; padding: 0 .2rem }
+img { max-width: 100% } .charts { display: flex; flex-wrap: wrap; gap: .8rem }
+figure { margin: 0; width: 17rem; max-width: 100% } figcaption { font-size: .8rem; color: #667 } pre { white-space: pre-wrap; background: #f7f8fb; padding: .6rem } .muted { color: #667 }
 """
 NUM_SAMPLES = 6
+Plots = dict[str, dict[str, str]]
 
 
-def html(run: PipelineRun, summary: dict[str, Any], plots: dict[str, str]) -> str:
-    """Return the whole report as one page; `plots` are the stages' curves as base64 PNG."""
+def html(run: PipelineRun, summary: dict[str, Any], plots: Plots) -> str:
+    """Return the whole report as one page; `plots` are the stages' charts, by stage and metric, as base64 PNG."""
     state = "ok" if summary["exit_code"] == 0 else "bad"
     parts = [
         f"<h1>{_text(run.profile.name)} <small class={state}>{summary['status']}</small></h1>",
         f"<p>{_text(run.profile.description)}</p><p class=muted>run {run.run_id}</p>",
         f"<p class=bad>{_text(summary['error'])}</p>" if summary["error"] else "",
         _table(("stage", "", "seconds", "key metric", "fingerprint"), [stage_cells(s) for s in summary["stages"]]),
+        _notes(summary["stages"]),
         _estimates_table(summary["metrics"]),
         _gate(summary["gate"]),
+        _retrain(summary["retrain"]),
+        _data(summary["stages"]),
         f"<p>Release {_text(approval_text(summary['approval']))}</p>" if summary["approval"] else "",
         _curves(plots),
         _samples(summary),
         f"<h2>Export</h2><p><code>{_text(summary['serve'])}</code></p>" if summary["serve"] else "",
+        _cost(summary["stages"]),
+        _versions(summary["stages"]),
     ]
-    return f"<!doctype html><meta charset=utf-8><title>{run.profile.name}</title><style>{STYLE}</style>" + "\n".join(parts)
+    head = f"<meta name=viewport content='width=device-width'><title>{run.profile.name}</title><style>{STYLE}</style>"
+    return f"<!doctype html><html lang=en><meta charset=utf-8>{head}" + "\n".join(parts)
 
 
-def markdown(run: PipelineRun, summary: dict[str, Any], plots: dict[str, str]) -> str:
+def markdown(run: PipelineRun, summary: dict[str, Any], plots: Plots) -> str:
     """Return the report's tables and curves for the run's page in Prefect."""
     head = "| stage | | seconds | key metric | fingerprint |\n|---|---|---|---|---|\n"
     lines = [f"**{run.profile.name}**: {summary['status']} (run {run.run_id})", ""]
@@ -50,8 +58,12 @@ def markdown(run: PipelineRun, summary: dict[str, Any], plots: dict[str, str]) -
         lines += [f"**{metric}** " + " → ".join(f"{name} {estimate_text(e)}" for name, e in models.items()), ""]
     if summary["gate"]:
         lines += ["**gate** " + ("passed" if summary["gate"]["passed"] else "failed: " + "; ".join(summary["gate"]["reasons"]))]
+    lines += [f"\n> {record['stage']}: {note}" for record in summary["stages"] for note in record["notes"]]
     lines += ["", f"**release** {approval_text(summary['approval'])}"] if summary["approval"] else []
-    images = [f"\n**{stage}**\n\n![{stage}](data:image/png;base64,{png})" for stage, png in plots.items()]
+    images = [
+        f"\n**{stage}**\n\n" + " ".join(f"![{key}](data:image/png;base64,{png})" for key, png in charts.items())
+        for stage, charts in plots.items()
+    ]
     return "\n".join([*lines, *images])
 
 
@@ -78,30 +90,19 @@ def approval_text(approval: dict[str, Any]) -> str:
     return f"{verb} by {approval['reviewer']} on {approval['at']} (run {approval['run_id']}): {approval['reason']}"
 
 
-def plots_of(stages: list[dict[str, Any]]) -> dict[str, str]:
-    """Return the curves of every stage that logged any, by stage."""
-    return {record["stage"]: png for record in stages if (png := plot(record))}
+def plots_of(stages: list[dict[str, Any]]) -> Plots:
+    """Return the charts of every stage that logged curves, by stage and metric."""
+    return {record["stage"]: charts for record in stages if (charts := plot(record))}
 
 
-def plot(record: dict[str, Any]) -> str | None:
-    """Return a stage's curves as a base64 PNG, or None if it logged none."""
-    keys = CURVES.get(record["stage"], ())
-    run_id = record["mlflow_run_id"]
-    series = {key: points for key in keys if run_id and (points := mlflow_runs.history(run_id, key))}
-    if not series:
-        return None
-    from matplotlib.figure import Figure  # a second of import, only where there is something to draw
-
-    figure = Figure(figsize=(3.1 * len(series), 2.4), layout="constrained")
-    for axis, (key, points) in zip(figure.subplots(1, len(series), squeeze=False)[0], series.items(), strict=True):
-        axis.plot(*zip(*points, strict=True), color="#3557a6", linewidth=1.3)
-        axis.set_title(key, fontsize=9)
-        axis.tick_params(labelsize=7)
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=90)
-    return base64.b64encode(buffer.getvalue()).decode()
+def plot(record: dict[str, Any]) -> dict[str, str]:
+    """Return a stage's curves, each with the corridor that judged it, as base64 PNG by metric."""
+    keys, run_id = CURVES.get(record["stage"], ()), record["mlflow_run_id"]
+    if not keys or not run_id:
+        return {}
+    limits = ("", "_warn_min", "_warn_max", "_halt_min", "_halt_max")
+    series = mlflow_runs.histories(run_id, [*keys, *(f"drift/{key}{limit}" for key in keys for limit in limits)])
+    return {key: curves.as_text(curves.draw(series, [key])) for key in keys if key in series}
 
 
 def _estimates_table(metrics: dict[str, Any]) -> str:
@@ -116,13 +117,63 @@ def _gate(gate: dict[str, Any] | None) -> str:
     return f"<h2>Gate: {verdict}</h2><ul>" + "".join(f"<li>{_text(reason)}" for reason in gate["reasons"]) + "</ul>"
 
 
-def _curves(plots: dict[str, str]) -> str:
+def _notes(stages: list[dict[str, Any]]) -> str:
+    """Show what the governor said of a stage: warnings, restarts, a rollback."""
+    items = [f"<li>{record['stage']}: {_text(note)}" for record in stages for note in record["notes"]]
+    return f"<h2>Drift</h2><ul class=warn>{''.join(items)}</ul>" if items else ""
+
+
+def _retrain(retrain: dict[str, Any] | None) -> str:
+    """Show the canaries, and how far they are from those of the last accepted runs."""
+    if not retrain or not retrain["canaries"]:
+        return ""
+    rows = [(name, f"{value:.3f}", MEANING[name]) for name, value in retrain["canaries"].items()]
+    drifted = "".join(f"<li class={'bad' if d['fails'] else 'warn'}>{_text(d['text'])}" for d in retrain["drifted"])
+    verdict = f"<ul>{drifted}</ul>" if drifted else "<p class=muted>No drift against the last accepted runs.</p>"
+    return "<h2>Canaries</h2>" + _table(("at the end of training", "", ""), rows) + verdict
+
+
+def _data(stages: list[dict[str, Any]]) -> str:
+    """Show each dataset: rows, rows set aside, and the tokens that its trainers read."""
+    rows = []
+    for record in (record for record in stages if record["stage"].startswith("validate-") and record["artifact"]):
+        details = _manifest(record)["artifact"]["details"]
+        tokens = ", ".join(f"{stage} {judged['tokens']:,}" for stage, judged in details.get("tokens", {}).items())
+        counts = [f"{record['metrics'].get(name, 0):,.0f}" for name in ("num_rows", "data/quarantined_rows")]
+        rows.append([record["stage"].removeprefix("validate-"), details["contract"]["kind"], *counts, tokens])
+    return "<h2>Data</h2>" + _table(("dataset", "kind", "rows", "set aside", "tokens"), rows) if rows else ""
+
+
+def _cost(stages: list[dict[str, Any]]) -> str:
+    ran = [record for record in stages if record["status"] == "ran"]
+    cached = [record for record in stages if record["status"] == "cached" and record["artifact"]]
+    spared = sum(_manifest(record)["artifact"].get("seconds", 0.0) for record in cached)
+    total = sum(record["seconds"] for record in ran)
+    text = f"{total:,.0f} s in {len(ran)} stages that ran; {len(cached)} came from the store, which spared {spared:,.0f} s."
+    return f"<h2>Cost</h2><p>{text}</p>"
+
+
+def _versions(stages: list[dict[str, Any]]) -> str:
+    """Show the libraries that the newest job ran with."""
+    last = next((record for record in reversed(stages) if record["artifact"]), None)
+    libraries = _manifest(last)["identity"].get("libraries", {}) if last else {}
+    return f"<p class=muted>{_text(', '.join(f'{name} {version}' for name, version in libraries.items()))}</p>"
+
+
+def _manifest(record: dict[str, Any]) -> dict[str, Any]:
+    return json.loads((Path(record["artifact"]) / MANIFEST).read_text())
+
+
+def _curves(plots: Plots) -> str:
     parts = []
-    for stage, png in plots.items():
-        legend = " · ".join(f"<code>{key}</code> {MEANING[key]}" for key in CURVES[stage])
-        picture = f"<img alt='curves of {stage}' src='data:image/png;base64,{png}'>"
-        parts.append(f"<h3>{stage}</h3>{picture}<p class=muted>{legend}</p>")
-    return "<h2>Curves</h2>" + "".join(parts) if parts else ""
+    for stage, charts in plots.items():
+        figures = [
+            f"<figure><img alt='{key} of {stage}' src='data:image/png;base64,{png}'><figcaption>{MEANING[key]}</figcaption></figure>"
+            for key, png in charts.items()
+        ]
+        parts.append(f"<h3>{stage}</h3><div class=charts>{''.join(figures)}</div>")
+    legend = "Pale: as logged. Dark: moving average, where it is judged. Dashed: its limits, orange warns and red halts."
+    return f"<h2>Curves</h2><p class=muted>{legend}</p>" + "".join(parts) if parts else ""
 
 
 def _samples(summary: dict[str, Any]) -> str:

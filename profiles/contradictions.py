@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Iterator
 
-from profiles.drift import LOGGED, SIGNALS
+from profiles.drift import LOGGED, SIGNALS, Corridor
 from profiles.schema import Dataset, Dpo, Grpo, Profile, Recipe
 
 SFT_KINDS = ("prompt_completion", "language_modeling")
@@ -96,10 +96,12 @@ def _prepared(recipe: Recipe) -> Iterator[str]:
 
 def _drift(profile: Profile) -> Iterator[str]:
     drift, policy, metric = profile.drift, profile.recipe.policy, profile.recipe.evaluate.metric
-    known = (*SIGNALS, *LOGGED[policy.method])
-    for name in drift.signals:
-        if name not in known and not (isinstance(policy, Grpo) and name.startswith("rewards/")):
-            near = difflib.get_close_matches(name, known, n=3, cutoff=0.5) or sorted(LOGGED[policy.method])
+    for name, corridor in drift.signals.items():
+        asked = name not in SIGNALS or corridor not in (None, Corridor(**SIGNALS[name]))
+        own = name in LOGGED[policy.method] or (isinstance(policy, Grpo) and name.startswith("rewards/"))
+        if asked and not own:
+            logged = LOGGED[policy.method]
+            near = difflib.get_close_matches(name, logged, n=3, cutoff=0.5) or sorted(logged)
             yield (
                 f"drift.signals has {name!r}, which recipe.policy.method {policy.method!r} never logs: it would judge nothing. "
                 f"There is: {', '.join(near)}."
@@ -107,8 +109,8 @@ def _drift(profile: Profile) -> Iterator[str]:
     logs_kl = isinstance(policy, Grpo) and bool(policy.args.get("beta"))
     if drift.signals.get("kl") is not None and not logs_kl and drift.canaries.num_prompts == 0:
         yield (
-            f"drift.canaries.num_prompts is 0 and recipe.policy ({policy.method}, beta {policy.args.get('beta', 0.0)}) logs no "
-            "kl: nothing measures drift.signals.kl. Set num_prompts > 0, or drift.signals.kl: null."
+            f"drift.canaries.num_prompts is 0 and recipe.policy.method {policy.method!r} logs no kl"
+            f"{' at beta 0' if isinstance(policy, Grpo) else ''}: nothing measures drift.signals.kl. Set num_prompts > 0, or drift.signals.kl: null."
         )
     blind = drift.canaries.num_prompts == 0 or metric != "accuracy"
     if "reward_hacking" in drift.model_fields_set and drift.reward_hacking and blind:
@@ -137,12 +139,17 @@ def _on_halt(profile: Profile) -> Iterator[str]:
             "last good checkpoint may be deleted before the halt. Drop save_total_limit."
         )
     if drift.on_halt == "retry":
-        for name in drift.retry.change:
+        for name, factor in drift.retry.change.items():
             value = args.get(name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not value:
                 yield (
                     f"drift.retry.change.{name} multiplies recipe.policy.args.{name}, which is {value!r}: nothing would "
                     f"change. Set recipe.policy.args.{name}, or change another argument."
+                )
+            elif isinstance(value, int) and value * factor != int(value * factor):
+                yield (
+                    f"drift.retry.change.{name} is {factor}, and recipe.policy.args.{name} {value} times that is no whole number. "
+                    "Choose a factor that leaves one."
                 )
 
 

@@ -13,6 +13,13 @@ from profiles.strict import Strict
 LIMITS = ("warn_min", "warn_max", "halt_min", "halt_max")
 
 
+def _in_order(settings: Strict, lower: str, upper: str) -> None:
+    """Refuse a limit that fails before it warns."""
+    low, high = getattr(settings, lower), getattr(settings, upper)
+    if low is not None and high is not None and low > high:
+        raise ValueError(f"has {lower} {low} above {upper} {high}: it would fail before it warns")
+
+
 class Corridor(Strict):
     """Limits of one signal's moving average; outside for `patience` log steps in a row it warns, or halts.
 
@@ -45,6 +52,7 @@ class Corridor(Strict):
                     f"has halt_{unit}min ≤ warn_{unit}min ≤ warn_{unit}max ≤ halt_{unit}max out of order ({low + high}): it "
                     "would halt before it warns"
                 )
+        _in_order(self, "warn_slope_max", "halt_slope_max")
         return self
 
 
@@ -96,6 +104,11 @@ class RewardHacking(Strict):
     smoothing: float = Field(0.3, gt=0, le=1)
     patience: int = Field(3, gt=0)
 
+    @model_validator(mode="after")
+    def _ordered(self) -> "RewardHacking":
+        _in_order(self, "warn_drop", "halt_drop")
+        return self
+
 
 class Cusum(Strict):
     """One-sided CUSUM (Page 1954) on log(kl / target): it warns of a runaway before the level is reached."""
@@ -120,6 +133,13 @@ class Retry(Strict):
     max_retries: int = Field(1, gt=0)
     change: dict[str, float] = Field(default_factory=lambda: {"learning_rate": 0.5}, min_length=1)
 
+    @model_validator(mode="after")
+    def _changes(self) -> "Retry":
+        for name, factor in self.change.items():
+            if factor <= 0 or factor == 1:
+                raise ValueError(f"has change.{name}: {factor}; a factor is above 0 and not 1, or the restart is no other run")
+        return self
+
 
 class BetweenRuns(Strict):
     """The canaries of a new policy against the median of the last accepted ones; a limit that fails stops the release."""
@@ -131,6 +151,13 @@ class BetweenRuns(Strict):
     entropy_ratio_min: float | None = Field(0.25, gt=0, lt=1)
     kl_to_champion_warn: float = Field(0.5, gt=0, description="nats per token")
     kl_to_champion_max: float | None = Field(2.0, gt=0)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "BetweenRuns":
+        _in_order(self, "reward_drop_warn", "reward_drop_max")
+        _in_order(self, "entropy_ratio_min", "entropy_ratio_warn")
+        _in_order(self, "kl_to_champion_warn", "kl_to_champion_max")
+        return self
 
 
 class Drift(Strict):

@@ -76,7 +76,7 @@ def notes_of(artifact: Artifact) -> list[str]:
 def draw(work: Path, order: JobOrder) -> Path:
     """Draw every judged signal with its corridor, beside the job's log and in MLflow; return the picture's path."""
     picture = work / "drift.png"
-    picture.write_bytes(curves.draw(read_series(work / "metrics.jsonl"), list(order.drift["signals"])))
+    picture.write_bytes(curves.draw(read_series(work / "metrics.jsonl"), ["reward", "canary/reward", *order.drift["signals"]]))
     mlflow_runs.log_file(order.mlflow_run_id, picture)
     return picture
 

@@ -52,7 +52,7 @@ def policy_stage(
 
 def judge(profile: Profile) -> dict[str, Any]:
     """Return the drift block as a job reads it: with the canaries' scorer and length from the evaluation, if not their own."""
-    evaluate, drift = profile.recipe.evaluate, profile.drift.model_dump()
+    evaluate, drift = profile.recipe.evaluate, profile.drift.model_dump(exclude={"between_runs"})
     canaries = drift["canaries"]
     canaries["max_new_tokens"] = canaries["max_new_tokens"] or evaluate.max_new_tokens
     canaries["scorer"] = evaluate.scorer if evaluate.metric == "accuracy" else None

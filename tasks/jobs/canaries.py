@@ -5,6 +5,7 @@ the Rao-Blackwellized estimate, unbiased and of less variance than a sampled one
 """
 
 import logging
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,7 +16,7 @@ from datasets import Dataset
 from transformers import Trainer, TrainerCallback
 
 from tasks.job_spec import JobSpec
-from tasks.jobs.answers import SEED, log_probabilities, samples, scores_of
+from tasks.jobs.answers import SEED, encoded, log_probabilities, samples, scores_of
 from tasks.jobs.callbacks import of_training
 from tasks.jobs.rewards import find_reward
 
@@ -53,10 +54,19 @@ class Canaries(TrainerCallback):
     def measured(self) -> dict[str, float]:
         """Return rank 0's measurement: the others may differ in the last digit."""
         with apart(self.trainer.model):
-            metrics = self._metrics([self._answers(start) for start in range(0, len(self.data), self.batch_size)])
+            metrics = (
+                dict.fromkeys(("canary/kl", "canary/entropy"), math.nan)
+                if self._is_broken()
+                else self._metrics([self._answers(start) for start in range(0, len(self.data), self.batch_size)])
+            )
         if self.trainer.accelerator.num_processes > 1:
             metrics = broadcast_object_list([metrics])[0]
         return metrics
+
+    def _is_broken(self) -> bool:
+        """Tell whether the next token's distribution is no distribution any more: to sample from it would end the process."""
+        inputs = encoded(self.tokenizer, self.data[: self.batch_size]["prompt"]).to(self.trainer.model.device)
+        return not torch.isfinite(self.trainer.model(**inputs, logits_to_keep=1).logits).all()
 
     def _answers(self, start: int) -> dict[str, Any]:
         prompts = self.data[start : start + self.batch_size]["prompt"]

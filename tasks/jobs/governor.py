@@ -95,7 +95,7 @@ def settle(governor: Governor, trainer: Trainer, spec: JobSpec) -> dict[str, Any
         return told
     good = last_good(spec.checkpoints)
     if spec.drift.get("on_halt") != "rollback" or good is None:
-        raise Halted(governor.halt, good)
+        raise Halted(governor.halt.as_dict(), good)
     load_weights(trainer.model, spec.checkpoints / good["checkpoint"])
     return told | {"halted": str(governor.halt), "rolled_back_to": good["step"]}
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from tasks.job_spec import JobResult, JobSpec
-from tasks.monitoring.drift import Finding
 
 HALT_EXIT_CODE = 5
 TERMINATED_EXIT_CODE = 143
@@ -19,10 +18,10 @@ TERMINATED_EXIT_CODE = 143
 class Halted(Exception):
     """A signal left its corridor; every rank has stopped at the same step."""
 
-    def __init__(self, finding: Finding, last_good: dict[str, Any] | None):
+    def __init__(self, finding: dict[str, Any], last_good: dict[str, Any] | None):
         kept = f"that of step {last_good['step']}" if last_good else "none was saved"
-        super().__init__(f"{finding} Last checkpoint inside the corridors: {kept}.")
-        self.details = {"finding": finding.as_dict(), "last_good": last_good}
+        super().__init__(f"{finding['text']} Last checkpoint inside the corridors: {kept}.")
+        self.details = {"finding": finding, "last_good": last_good}
 
 
 class Interrupted(Exception):

@@ -17,6 +17,7 @@ from typing import Any
 Series = dict[str, list[tuple[int, float]]]
 ALWAYS = ("loss", "reward", "kl", "entropy", "grad_norm")  # must be finite, whatever corridors there are
 HALT, WARN = "halt", "warn"
+FAR = 100.0  # how many times a limit a signal below it is said to be away, at most
 FINDINGS = "findings"  # beside the metrics of a log line
 
 
@@ -38,7 +39,7 @@ class Finding:
         side = "above" if self.value > self.limit else "below"
         what = {"slope": "grew per log step by", "cusum": "has a CUSUM of", "reward_hacking": "fell from its best by"}
         while_what = " while the training reward did not fall" if self.detector == "reward_hacking" else ""
-        lasting = f" for {self.patience} log steps in a row" if self.patience > 1 else ""
+        lasting = f" for {self.patience} measurements in a row" if self.patience > 1 else ""
         return (
             f"{self.signal} {what.get(self.detector, 'averaged')} {self.value:.4g} at step {self.step}, {side} its "
             f"{self.severity} limit {self.limit:.4g}{lasting}{while_what}."
@@ -59,7 +60,7 @@ def watched(name: str, drift: dict[str, Any]) -> bool:
 def judge(series: Series, drift: dict[str, Any]) -> list[Finding]:
     """Return what is out of bounds at the newest step: at most one finding per signal and detector, halts first."""
     newest = max((points[-1][0] for points in series.values() if points), default=None)
-    fresh = {name: points for name, points in series.items() if points and points[-1][0] == newest}
+    fresh = {n: points for n, points in series.items() if points and points[-1][0] == newest and watched(n, drift)}
     if lost := [_not_finite(name, points[-1]) for name, points in fresh.items() if not math.isfinite(points[-1][1])]:
         return lost
     found = [finding for name, points in fresh.items() for finding in _judge_one(name, points, drift)]
@@ -112,8 +113,8 @@ def closeness(series: Series, drift: dict[str, Any]) -> dict[str, float]:
         for level, limit in limits(values, corridor).items():
             if level == "halt_max" and limit > 0:
                 near[name] = max(near.get(name, 0.0), average / limit)
-            if level == "halt_min" and average > 0:
-                near[name] = max(near.get(name, 0.0), limit / average)
+            if level == "halt_min" and limit > 0:
+                near[name] = max(near.get(name, 0.0), limit / max(average, limit / FAR))
     return near
 
 
@@ -126,16 +127,11 @@ def smoothed(values: Sequence[float], weight: float) -> list[float]:
 
 
 def limits(values: Sequence[float], corridor: dict[str, Any]) -> dict[str, float]:
-    """Return the limits in force at the newest value; of an absolute one and a ratio the narrower."""
-    first = corridor["reference_steps"]
-    reference = median(values[:first]) if len(values) > first else None
+    """Return the limits in force at the newest value; of a level and a ratio's limit the narrower."""
     found: dict[str, float] = {}
     for severity in (HALT, WARN):
         for side, narrower in (("min", max), ("max", min)):
-            given = [corridor.get(f"{severity}_{side}")]
-            ratio = corridor.get(f"{severity}_ratio_{side}")
-            given.append(ratio * reference if ratio is not None and reference is not None and reference > 0 else None)
-            if given := [limit for limit in given if limit is not None]:
+            if given := [limit for limit in _limits(values, corridor, severity, side) if limit is not None]:
                 found[f"{severity}_{side}"] = narrower(given)
     return found
 
@@ -179,15 +175,22 @@ def _judge_one(name: str, points: list[tuple[int, float]], drift: dict[str, Any]
 
 def _level(name: str, points: list[tuple[int, float]], corridor: dict[str, Any]) -> Iterator[Finding]:
     values = [value for _, value in points]
-    averages = smoothed(values, corridor["smoothing"])
-    for level, limit in limits(values, corridor).items():
-        severity, side = level.split("_")
-        # a limit that came from the reference steps does not judge them
-        absolute = corridor.get(level) == limit
-        judged = averages if absolute else averages[corridor["reference_steps"] :]
-        if stays_beyond(judged, limit, corridor["patience"], above=side == "max"):
-            yield Finding(name, "level", severity, points[-1][0], averages[-1], limit, corridor["patience"])
-            return
+    averages, first, patience = smoothed(values, corridor["smoothing"]), corridor["reference_steps"], corridor["patience"]
+    for severity in (HALT, WARN):
+        for side in ("min", "max"):
+            absolute, relative = _limits(values, corridor, severity, side)
+            # a limit that came from the reference steps does not judge them
+            for limit, judged in ((absolute, averages), (relative, averages[first:])):
+                if limit is not None and stays_beyond(judged, limit, patience, above=side == "max"):
+                    yield Finding(name, "level", severity, points[-1][0], averages[-1], limit, patience)
+                    return
+
+
+def _limits(values: Sequence[float], corridor: dict[str, Any], severity: str, side: str) -> tuple[float | None, float | None]:
+    """Return the level and the ratio's limit in force at the newest value."""
+    first, ratio = corridor["reference_steps"], corridor.get(f"{severity}_ratio_{side}")
+    reference = median(values[:first]) if ratio is not None and len(values) > first else 0.0
+    return corridor.get(f"{severity}_{side}"), ratio * reference if reference > 0 else None
 
 
 def _slope(name: str, points: list[tuple[int, float]], corridor: dict[str, Any]) -> Iterator[Finding]:

@@ -24,8 +24,17 @@ def key_metric(stage: str, metrics: dict[str, float]) -> str | None:
 CURVES = {
     "sft": ("loss", "mean_token_accuracy", "entropy"),
     "reward_model": ("loss", "accuracy", "margin"),
-    "grpo": ("reward", "kl", "entropy", "completions/mean_length"),
-    "dpo": ("loss", "rewards/accuracies", "rewards/margins", "entropy"),
+    "grpo": (
+        "reward",
+        "canary/reward",
+        "kl",
+        "entropy",
+        "completions/mean_length",
+        "completions/clipped_ratio",
+        "loss",
+        "grad_norm",
+    ),
+    "dpo": ("loss", "rewards/accuracies", "rewards/margins", "canary/reward", "kl", "entropy", "canary/length", "grad_norm"),
 }
 
 MEANING = {
@@ -38,6 +47,13 @@ MEANING = {
     "reward": "mean total reward of the rollouts, after weights",
     "kl": "estimate of KL(policy || reference), nats per token (k3 estimator, http://joschu.net/blog/kl-approx.html)",
     "completions/mean_length": "mean length of the rollouts, tokens",
+    "completions/clipped_ratio": "share of rollouts that reached max_completion_length without an end",
+    "grad_norm": "norm of the gradient before clipping",
+    "canary/reward": "mean score of the canaries, held-out prompts sampled at temperature 1",
+    "canary/kl": "exact KL(policy || start) on the canaries' answers, nats per token (arXiv:2504.10637)",
+    "canary/entropy": "mean entropy on the canaries' answers, nats per token",
+    "canary/length": "mean length of the canaries' answers, tokens",
+    "canary/kl_to_champion": "exact KL(policy || last accepted policy) on the canaries' answers, nats per token",
     "rewards/accuracies": "share of pairs whose chosen answer has the higher implicit reward",
     "rewards/margins": "mean implicit reward of chosen minus rejected",
     "accuracy/policy": "share of held-out prompts answered right, greedy decoding",

@@ -56,11 +56,14 @@ def test_command_asked_for_help_explains_itself(command, posttrain):
         (["quickstart", "--set", "recipe.polcy.lora.r=8"], ["recipe.polcy", "policy"]),
         (["quickstart", "--set", "recipe.seed"], ["recipe.seed", "="]),
         (["quickstart", "--set", "recipe.seed=many"], ["recipe.seed", "many"]),
-        (["quickstart", "--set", "recipe.policy.args.beta=0.0"], ["drift.kl_max", "recipe.policy.args.beta"]),
+        (
+            ["quickstart", "--set", "recipe.policy.args.beta=0.0", "--set", "drift.canaries.num_prompts=0"],
+            ["drift.canaries.num_prompts", "beta 0.0", "drift.signals.kl"],
+        ),
         (["quickstart", "--set", "recipe.reward_model=null"], ["recipe.policy.reward_functions", "recipe.reward_model"]),
         (["quickstart", "--set", "placement.policy.accelerate=ddp_9"], ["ddp_9", "ddp_8"]),
     ],
-    ids=["missing profile", "missing file", "unknown key", "no value", "wrong type", "beta", "reward", "accelerate"],
+    ids=["missing profile", "missing file", "unknown key", "no value", "wrong type", "drift", "reward", "accelerate"],
 )
 def test_run_of_a_profile_that_is_wrong_is_refused_before_anything_starts(arguments, named, posttrain, home):
     assert_refused(posttrain("run", *arguments), 2, *named)

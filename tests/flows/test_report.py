@@ -71,6 +71,7 @@ def summary() -> dict[str, Any]:
         ],
         "metrics": {"accuracy": {"base": asdict(estimate([0, 0, 0, 1])), "policy": asdict(estimate([1, 1, 1, 0]))}},
         "gate": {"passed": False, "reasons": [f"accuracy {EVIL}", "p=0.4"]},
+        "retrain": None,
         "approval": {"decision": "refuse", "reviewer": EVIL, "reason": "no", "at": "2026-11-22 18:00 UTC", "run_id": "r"},
         "export": None,
         "serve": None,

@@ -15,6 +15,8 @@ SFT = {"lora": {"r": 8}}
 LEARNED = [{"name": "exact_answer"}, {"name": "reward_model", "weight": 0.1}]
 DPO = {"method": "dpo", "lora": {"r": 8}}
 MADE = {"prepared": "made"}
+NO_CANARIES = {"num_prompts": 0}
+SAVED = {"learning_rate": 1e-4, "save_strategy": "steps", "save_steps": 1}
 
 # what is changed in the smallest profile (a dotted path to its new value, None to remove it), and what the refusal names
 CONTRADICTIONS = {
@@ -84,15 +86,78 @@ CONTRADICTIONS = {
         {"base_model": MADE, "prepare": {"maker": "x", "base_model": True}},
         ["recipe.prepare.base_model", "recipe.base_model"],
     ),
-    "KL limit for DPO": (
-        {"policy": DPO, "datasets.preference": PAIRS, "drift.kl_max": 2.0},
-        ["drift.kl_max", "2.0", "recipe.policy.method", "dpo"],
+    "corridor around what GRPO never logs": (
+        {"drift.signals": {"rewrd": {"halt_min": 0.0}}},
+        ["drift.signals", "'rewrd'", "recipe.policy.method", "grpo", "reward", "reward_std"],
     ),
-    "KL limit at beta 0": (
-        {"policy.args": {"beta": 0.0}, "drift.kl_max": 2.0},
-        ["drift.kl_max", "2.0", "recipe.policy.args.beta", "0.0"],
+    "corridor around what DPO never logs": (
+        {"policy": DPO, "datasets.preference": PAIRS, "drift.signals": {"rewards/margin": {"halt_min": 0.0}}},
+        ["drift.signals", "'rewards/margin'", "dpo", "rewards/margins"],
     ),
-    "KL limit at TRL's own beta, which is 0": ({"drift.kl_max": 2.0}, ["drift.kl_max", "recipe.policy.args.beta", "0.0"]),
+    "corridor around a GRPO reward for DPO": (
+        {"policy": DPO, "datasets.preference": PAIRS, "drift.signals": {"rewards/exact_answer/mean": {"halt_min": 0.0}}},
+        ["drift.signals", "'rewards/exact_answer/mean'", "dpo"],
+    ),
+    "corridor that was never there taken away": (
+        {"drift.signals": {"entropi": None}},
+        ["drift.signals", "'entropi'", "entropy"],
+    ),
+    "KL that nothing measures for DPO": (
+        {"policy": DPO, "datasets.preference": PAIRS, "drift.canaries": NO_CANARIES},
+        ["drift.canaries.num_prompts", "dpo", "drift.signals.kl"],
+    ),
+    "KL that nothing measures at beta 0": (
+        {"policy.args": {"beta": 0.0}, "drift.canaries": NO_CANARIES},
+        ["drift.canaries.num_prompts", "beta 0.0", "drift.signals.kl"],
+    ),
+    "KL that nothing measures at TRL's own beta, which is 0": (
+        {"drift.canaries": NO_CANARIES},
+        ["drift.canaries.num_prompts", "beta 0.0", "drift.signals.kl"],
+    ),
+    "reward hacking asked for without canaries": (
+        {"policy.args": {"beta": 0.04}, "drift.canaries": NO_CANARIES, "drift.reward_hacking": {"halt_drop": 0.3}},
+        ["drift.reward_hacking", "drift.canaries.num_prompts is 0"],
+    ),
+    "reward hacking asked for on pairs": (
+        {"evaluate": {"metric": "preference_accuracy"}, "datasets.eval": PAIRS, "drift.reward_hacking": {"halt_drop": 0.3}},
+        ["drift.reward_hacking", "recipe.evaluate.metric", "preference_accuracy"],
+    ),
+    "rollback without checkpoints": (
+        {"policy.args": {"learning_rate": 1e-4}, "drift.on_halt": "rollback"},
+        ["drift.on_halt", "rollback", "recipe.policy.args.save_strategy"],
+    ),
+    "retry without checkpoints": (
+        {"policy.args": {"learning_rate": 1e-4, "save_strategy": "no"}, "drift.on_halt": "retry"},
+        ["drift.on_halt", "retry", "recipe.policy.args.save_strategy"],
+    ),
+    "rollback with few checkpoints kept": (
+        {"policy.args": SAVED | {"save_total_limit": 2}, "drift.on_halt": "rollback"},
+        ["drift.on_halt", "rollback", "recipe.policy.args.save_total_limit is 2"],
+    ),
+    "retry that changes an argument that is absent": (
+        {"policy.args": {"save_strategy": "steps"}, "drift.on_halt": "retry"},
+        ["drift.retry.change.learning_rate", "recipe.policy.args.learning_rate", "None"],
+    ),
+    "retry that changes an argument that is 0": (
+        {"policy.args": SAVED | {"beta": 0.0}, "drift.on_halt": "retry", "drift.retry": {"change": {"beta": 2.0}}},
+        ["drift.retry.change.beta", "recipe.policy.args.beta", "0.0"],
+    ),
+    "retry that changes a truth value": (
+        {"policy.args": SAVED | {"bf16": True}, "drift.on_halt": "retry", "drift.retry": {"change": {"bf16": 2.0}}},
+        ["drift.retry.change.bf16", "recipe.policy.args.bf16", "True"],
+    ),
+    "retry that changes a text": (
+        {
+            "policy.args": SAVED | {"loss_type": "grpo"},
+            "drift.on_halt": "retry",
+            "drift.retry": {"change": {"loss_type": 2.0}},
+        },
+        ["drift.retry.change.loss_type", "recipe.policy.args.loss_type", "'grpo'"],
+    ),
+    "retry asked for where a halt stops": (
+        {"policy.args": SAVED, "drift.retry": {"max_retries": 2}},
+        ["drift.retry", "drift.on_halt", "stop"],
+    ),
     "better than an SFT that is not there": ({"gates.better_than": ["base", "sft"]}, ["gates.better_than", "recipe.sft"]),
 }
 
@@ -102,7 +167,35 @@ FINE = {
     "reward model that is read": {"reward_model": {}, "policy.reward_functions": LEARNED, "datasets.preference": PAIRS},
     "DPO on pairs": {"policy": DPO, "datasets.preference": PAIRS},
     "pairs held out": {"evaluate": {"metric": "preference_accuracy"}, "datasets.eval": PAIRS},
-    "KL limit with beta": {"policy.args": {"beta": 0.04}, "drift.kl_max": 2.0},
+    "KL limit with beta": {"policy.args": {"beta": 0.04}, "drift.signals": {"kl": {"halt_max": 3.0}}},
+    # the canaries measure it
+    "KL limit at TRL's own beta, which is 0": {"drift.signals": {"kl": {"halt_max": 3.0}}},
+    "KL limit for DPO": {"policy": DPO, "datasets.preference": PAIRS, "drift.signals": {"kl": {"halt_max": 3.0}}},
+    "no canaries but a trainer that logs KL": {"policy.args": {"beta": 0.04}, "drift.canaries": NO_CANARIES},
+    "no canaries and no corridor around KL": {"drift.signals": {"kl": None}, "drift.canaries": NO_CANARIES},
+    "corridor around a reward of GRPO": {"drift.signals": {"rewards/exact_answer/mean": {"halt_min": 0.0}}},
+    "corridor around a margin of DPO": {
+        "policy": DPO,
+        "datasets.preference": PAIRS,
+        "drift.signals": {"rewards/margins": {"warn_min": 0.0}},
+    },
+    "reward hacking asked for with canaries": {"drift.reward_hacking": {"halt_drop": 0.3}},
+    "reward hacking by default on pairs": {"evaluate": {"metric": "preference_accuracy"}, "datasets.eval": PAIRS},
+    "reward hacking switched off without canaries": {
+        "policy.args": {"beta": 0.04},
+        "drift": {"canaries": NO_CANARIES, "reward_hacking": None},
+    },
+    "rollback to checkpoints": {"policy.args": SAVED, "drift.on_halt": "rollback"},
+    "rollback without anything that a retry could change": {
+        "policy.args": {"save_strategy": "steps"},
+        "drift.on_halt": "rollback",
+    },
+    "retry that changes numbers": {
+        "policy.args": SAVED | {"max_grad_norm": 1},
+        "drift.on_halt": "retry",
+        "drift.retry": {"change": {"learning_rate": 0.5, "max_grad_norm": 0.5}},
+    },
+    "few checkpoints kept where a halt stops": {"policy.args": SAVED | {"save_total_limit": 2}},
     "everything made": {"prepare": {"maker": "x"}, "base_model": MADE, "datasets.eval": MADE | {"kind": "eval"}},
     "sampled from a base model that is there": {"prepare": {"maker": "x", "base_model": True}},
 }
@@ -136,7 +229,7 @@ def test_neighbour_of_a_contradiction_that_is_none_loads(name, smallest, write_p
 
 
 def test_contradictions_are_refused_together(smallest, write_profile):
-    changes = {"drift.kl_max": 2.0, "gates.better_than": ["sft"], "datasets.prompts": DEMOS}
+    changes = {"drift.canaries": NO_CANARIES, "gates.better_than": ["sft"], "datasets.prompts": DEMOS}
     with pytest.raises(InvalidProfile) as refused:
         load(write_profile(changed(smallest, changes)))
     assert len(str(refused.value).splitlines()) == 3

@@ -42,7 +42,13 @@ def test_profile_path_that_is_missing_is_refused_by_its_name(tmp_path):
         (("recipe", "policy", "lora"), "lora_alhpa", "lora_alpha"),
         (("recipe", "datasets"), "prompt", "prompts"),
         (("recipe", "datasets", "eval"), "knd", "kind"),
-        (("drift",), "kl_maximum", "kl_max"),
+        (("drift",), "on_hlat", "on_halt"),
+        (("drift", "signals", "kl"), "halt_maximum", "halt_max"),
+        (("drift", "signals", "reward"), "patence", "patience"),
+        (("drift", "canaries"), "num_prompt", "num_prompts"),
+        (("drift", "reward_hacking"), "halt_drp", "halt_drop"),
+        (("drift", "retry"), "max_retrys", "max_retries"),
+        (("drift", "between_runs"), "entropy_min", "entropy_ratio_min"),
         (("gates",), "better_then", "better_than"),
         (("placement", "policy"), "tag", "tags"),
     ],
@@ -73,8 +79,18 @@ def test_key_misspelt_in_a_list_is_refused_with_its_neighbour(smallest, write_pr
         ("recipe.datasets.eval.kind", "evals"),
         ("recipe.datasets.eval.stop", 0),
         ("recipe.policy.reward_functions", []),
-        ("drift.kl_max", -1),
-        ("drift.patience", 0),
+        ("drift.on_halt", "abort"),
+        ("drift.signals.kl.halt_max", "two"),
+        ("drift.signals.kl.patience", 0),
+        ("drift.signals.kl.smoothing", 0.0),
+        ("drift.signals.kl.smoothing", 1.5),
+        ("drift.signals.kl.window", 2),
+        ("drift.signals.entropy.halt_ratio_min", 0.0),
+        ("drift.canaries.num_prompts", -1),
+        ("drift.kl_cusum.target", 0.0),
+        ("drift.reward_hacking.warn_drop", -0.1),
+        ("drift.retry.max_retries", 0),
+        ("drift.between_runs.entropy_ratio_min", 1.0),
         ("gates.better_than", ["reward_model"]),
         ("gates.p_max", 1),
         ("placement.default.tags", []),
@@ -187,8 +203,8 @@ def test_child_of_another_method_takes_none_of_its_parents_policy(smallest, writ
 def test_child_of_a_child_inherits_through_both(smallest, write_profile):
     write_profile(smallest, "a")
     write_profile({"extends": "a", "recipe": {"seed": 7}}, "b")
-    third = load(write_profile({"extends": "b", "drift": {"patience": 9}}, "c"))
-    assert (third.name, third.recipe.seed, third.drift.patience) == ("c", 7, 9)
+    third = load(write_profile({"extends": "b", "drift": {"signals": {"kl": {"patience": 9}}}}, "c"))
+    assert (third.name, third.recipe.seed, third.drift.signals["kl"].patience) == ("c", 7, 9)
 
 
 def test_parent_that_is_missing_is_refused_by_its_name(write_profile):

@@ -5,7 +5,8 @@ import pytest
 from profiles.load import InvalidProfile, load
 from profiles.schema import Dpo, Grpo
 
-TO_DPO = ["recipe.policy.method=dpo", "recipe.reward_model=null", "drift.kl_max=null"]
+CLIPPED = "completions/clipped_ratio"
+TO_DPO = ["recipe.policy.method=dpo", "recipe.reward_model=null"]
 
 
 def refusal(*overrides: str) -> str:
@@ -19,9 +20,13 @@ def refusal(*overrides: str) -> str:
     [
         ("recipe.seed=7", lambda p: p.recipe.seed == 7),
         ("recipe.sft.lora.lora_dropout=0.1", lambda p: p.recipe.sft.lora.lora_dropout == 0.1),
-        ("drift.kl_max=2e-1", lambda p: p.drift.kl_max == 0.2),
-        ("drift.entropy_ratio_min=null", lambda p: p.drift.entropy_ratio_min is None),
-        ("drift.entropy_ratio_min=", lambda p: p.drift.entropy_ratio_min is None),
+        ("drift.signals.kl.halt_max=9e-1", lambda p: p.drift.signals["kl"].halt_max == 0.9),
+        ("drift.signals.entropy.halt_ratio_min=null", lambda p: p.drift.signals["entropy"].halt_ratio_min is None),
+        ("drift.signals.entropy.halt_ratio_min=", lambda p: p.drift.signals["entropy"].halt_ratio_min is None),
+        ("drift.signals.completions/clipped_ratio.patience=7", lambda p: p.drift.signals[CLIPPED].patience == 7),
+        ("drift.signals.completions/clipped_ratio=null", lambda p: p.drift.signals[CLIPPED] is None),
+        ("drift.signals={reward: {halt_min: 0.1}}", lambda p: p.drift.signals["reward"].halt_min == 0.1),
+        ("drift.reward_hacking=null", lambda p: p.drift.reward_hacking is None),
         ("gates.better_than=[base]", lambda p: p.gates.better_than == ["base"]),
         ("gates.better_than=[]", lambda p: p.gates.better_than == []),
         ("placement.policy.tags=[gpu, h200]", lambda p: p.placement.of("policy").tags == ["gpu", "h200"]),
@@ -60,7 +65,9 @@ def test_override_may_add_an_argument_that_the_profile_does_not_have():
     [
         ("recipe.polcy.method", "policy"),
         ("recipe.sft.lora.aplha", "lora_alpha"),
-        ("drift.kl_maxx", "kl_max"),
+        ("drift.kl_cusm", "kl_cusum"),
+        ("drift.canaries.num_prompt", "num_prompts"),
+        ("drift.signals.kl.halt_mx", "halt_max"),
         ("placement.polcy.tags", "policy"),
         ("placement.default.tag", "tags"),
         ("recipes.seed", "recipe"),
@@ -108,8 +115,7 @@ def test_override_of_the_method_with_the_one_it_has_changes_nothing():
 
 
 def test_override_of_the_method_alone_is_refused_with_what_else_must_change():
-    text = refusal("recipe.policy.method=dpo")
-    assert "recipe.reward_model=null" in text and "kl_max" in text
+    assert "recipe.reward_model=null" in refusal("recipe.policy.method=dpo")
 
 
 @pytest.mark.parametrize("value", ["true", "yes", "'7'"])

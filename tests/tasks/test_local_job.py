@@ -140,11 +140,17 @@ def test_job_that_fails_after_it_left_a_result_has_failed(run):
         run('leave("result.json", status="done")\nsys.exit(1)')
 
 
-def test_job_that_halted_raises_drift_halted_with_the_breach(run, spec):
-    body = 'leave("result.json", status="halted", error="kl averaged 0.9 at step 12, above its limit 0.5")\nsys.exit(5)'
+@pytest.mark.parametrize("last_good", [None, {"checkpoint": "checkpoint-8", "step": 8, "left": 4}], ids=["none kept", "kept"])
+def test_job_that_halted_raises_drift_halted_with_the_finding_and_the_last_good_checkpoint(last_good, run, spec):
+    body = f"""
+details = {{"finding": {{"signal": "kl"}}, "last_good": {last_good!r}}}
+leave("result.json", status="halted", error="kl averaged 0.9 at step 12, above its limit 0.5", details=details)
+sys.exit(5)
+"""
     with pytest.raises(DriftHalted) as halted:
         run(body)
     assert halted.value.exit_code == 5
+    assert halted.value.last_good == last_good
     assert "kl averaged 0.9 at step 12" in str(halted.value) and str(spec.work / "log.txt") in str(halted.value)
 
 
@@ -180,8 +186,10 @@ def test_job_whose_metrics_cannot_be_taken_is_ended_with_its_whole_tree(run, spe
 
 def test_job_interrupted_by_ctrl_c_is_ended_with_its_whole_tree_and_cancelled(run, spec, monkeypatch):
     monkeypatch.setattr(launcher, "GRACE_SECONDS", 0.3)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is born deaf to it
     with pytest.raises(RunCancelled) as cancelled:
         run(HANGING, on_metrics=lambda lines: os.kill(os.getpid(), signal.SIGINT))
+    signal.signal(signal.SIGINT, before)
     assert cancelled.value.exit_code == 130
     assert "sft" in str(cancelled.value) and str(spec.work / "log.txt") in str(cancelled.value)
     assert [pid for pid in (spec.work / "pids").read_text().split() if is_alive(int(pid))] == []
@@ -225,6 +233,13 @@ def test_metrics_of_a_job_that_fails_are_handed_over(run):
     with pytest.raises(JobFailed):
         run("log(1, kl=0.1)\nsys.exit(1)", on_metrics=taken.extend)
     assert [line["step"] for line in taken] == [1]
+
+
+def test_metrics_of_the_job_that_is_restarted_are_not_handed_over_again(run, spec):
+    spec.metrics_file.write_text('{"step": 1, "max_steps": 3, "time": 1.0, "metrics": {"kl": 0.1}}\n')
+    _, batches = run('log(2, kl=0.2)\nleave("result.json", status="done")')
+    assert [line["step"] for batch in batches for line in batch] == [2]
+    assert len(spec.metrics_file.read_text().splitlines()) == 2  # and none is lost
 
 
 def test_metrics_line_that_is_half_written_waits_for_its_end(tmp_path):

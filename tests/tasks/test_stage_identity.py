@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 
 from profiles.load import load
-from profiles.schema import Profile
+from profiles.schema import Profile, StagePlacement
 from tasks.artifacts import Artifact
+from tasks.build import Stage
 from tasks.evaluate_policy import evaluate_stage
 from tasks.export_vllm import export_stage
 from tasks.fingerprints import fingerprint
@@ -24,14 +25,23 @@ BASE, SFT, REWARD, POLICY, ROWS, MERGED = (
     artifact(n) for n in ("base_model", "sft", "reward_model", "grpo", "dataset", "merge")
 )
 EVALUATION = artifact("evaluate")
+HELD_OUT = artifact("dataset", "bytes of the held-out rows")
 STAGES = {
     "sft": lambda p, base=BASE: sft_stage(p, base, ROWS),
     "reward_model": lambda p, base=BASE: reward_model_stage(p, base, ROWS),
-    "policy": lambda p, base=BASE: policy_stage(p, base, SFT, ROWS, REWARD),
-    "evaluate": lambda p, base=BASE: evaluate_stage(p, base, SFT, POLICY, ROWS),
+    "policy": lambda p, base=BASE: policy_stage(p, base, SFT, ROWS, REWARD, HELD_OUT),
+    "evaluate": lambda p, base=BASE: evaluate_stage(p, base, SFT, POLICY, ROWS, None),
     "merge": lambda p, base=BASE: merge_stage(p, base, POLICY),
     "export": lambda p, base=BASE: export_stage(p, base, POLICY, MERGED, ROWS, EVALUATION),
 }
+JUDGED_OTHERWISE = [
+    "drift.signals.kl.halt_max=9.0",
+    "drift.signals.kl.patience=9",
+    "drift.signals.entropy.halt_ratio_min=null",
+    "drift.reward_hacking=null",
+    "drift.canaries.num_prompts=5",
+]
+CHECKPOINTS = ["recipe.policy.args.save_strategy=steps", "recipe.policy.args.save_steps=1"]
 
 
 @pytest.fixture
@@ -57,13 +67,66 @@ def key(job_environment_with):
             "placement.default.timeout_seconds=1",
         ],
         ["placement.default.env={OMP_NUM_THREADS: '2'}"],
-        ["drift.kl_max=9", "drift.patience=9", "drift.entropy_ratio_min=null"],
+        JUDGED_OTHERWISE,
         ["gates.accuracy_min=0.9", "gates.better_than=[base]", "gates.p_max=0.01"],
     ],
     ids=["placement", "environment", "drift", "gates"],
 )
 def test_identity_does_not_hold_where_a_stage_runs_or_how_it_is_judged(stage, overrides, key):
     assert key(stage, *overrides) == key(stage)
+
+
+def with_other_canaries(*overrides: str) -> tuple[Stage, Stage]:
+    """The policy's stage, judged on some held-out rows and on others."""
+    profile = load("quickstart", [*CHECKPOINTS, *overrides])
+    others = (HELD_OUT, replace(HELD_OUT, digest="other held-out rows"))
+    return tuple(policy_stage(profile, BASE, SFT, ROWS, REWARD, held_out) for held_out in others)
+
+
+def test_identity_where_a_halt_leaves_no_result_holds_neither_the_drift_block_nor_the_canaries(key, job_environment_with):
+    assert key("policy", *CHECKPOINTS, *JUDGED_OTHERWISE) == key("policy", *CHECKPOINTS)
+    placement = StagePlacement(python=job_environment_with("own"))
+    one, other = (stage.identity(placement) for stage in with_other_canaries())
+    assert one == other
+    assert "drift" not in one["recipe"] and HELD_OUT.digest not in one["inputs"].values()
+
+
+@pytest.mark.parametrize("on_halt", ["rollback", "retry"])
+def test_identity_where_a_halt_leaves_another_policy_holds_the_drift_block_and_the_canaries(on_halt, key, job_environment_with):
+    goes_on = [*CHECKPOINTS, f"drift.on_halt={on_halt}"]
+    assert key("policy", *goes_on) != key("policy", *CHECKPOINTS)
+    for judged_otherwise in JUDGED_OTHERWISE:
+        assert key("policy", *goes_on, judged_otherwise) != key("policy", *goes_on), judged_otherwise
+    placement = StagePlacement(python=job_environment_with("own"))
+    one, other = (stage.identity(placement) for stage in with_other_canaries(f"drift.on_halt={on_halt}"))
+    assert {name for name in one if one[name] != other[name]} == {"inputs"}
+    assert HELD_OUT.digest in one["inputs"].values()
+    assert one["recipe"]["drift"]["on_halt"] == on_halt
+
+
+@pytest.mark.parametrize("stage", [name for name in STAGES if name != "policy"])
+def test_identity_of_a_stage_that_nothing_judges_holds_no_drift_block_whatever_a_halt_does(stage, key):
+    assert key(stage, *CHECKPOINTS, "drift.on_halt=rollback", *JUDGED_OTHERWISE) == key(stage)
+
+
+def test_identity_without_canaries_holds_no_held_out_rows(job_environment_with):
+    placement = StagePlacement(python=job_environment_with("own"))
+    without = with_other_canaries("drift.on_halt=rollback", "drift.canaries.num_prompts=0")
+    one, other = (stage.identity(placement) for stage in without)
+    assert one == other
+
+
+@pytest.mark.parametrize("on_halt", ["stop", "rollback"])
+def test_stage_is_judged_by_the_drift_block_on_the_canaries_whatever_a_halt_does(on_halt):
+    """With the scorer and the length of the evaluation, unless the canaries have a length of their own."""
+    given = [f"drift.on_halt={on_halt}", "recipe.evaluate.max_new_tokens=99"]
+    stage, _ = with_other_canaries(*given)
+    assert stage.judged_on == {"canaries": HELD_OUT}
+    assert stage.judged_by["signals"]["kl"] == load("quickstart").drift.signals["kl"].model_dump()
+    canaries = stage.judged_by["canaries"]
+    assert (canaries["scorer"], canaries["max_new_tokens"]) == ("exact_answer", 99)
+    own, _ = with_other_canaries(*given, "drift.canaries.max_new_tokens=7")
+    assert own.judged_by["canaries"]["max_new_tokens"] == 7
 
 
 @pytest.mark.parametrize("stage", STAGES)
