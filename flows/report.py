@@ -8,7 +8,6 @@ from typing import Any
 from tasks.monitoring import curves, mlflow_runs
 from tasks.monitoring.metrics import CURVES, MEANING, key_metric
 from tasks.pipeline_run import PipelineRun
-from tasks.remote_store import MANIFEST
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1f2430; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
@@ -17,7 +16,8 @@ th, td { text-align: left; padding: .3rem .8rem; border-bottom: 1px solid #dde }
 th { font-weight: 600 } .ok { color: #186a3b } .bad { color: #b03a2e } .warn { color: #9a5b00 }
 code { background: #f3f4f8; padding: 0 .2rem }
 img { max-width: 100% } .charts { display: flex; flex-wrap: wrap; gap: .8rem }
-figure { margin: 0; width: 17rem; max-width: 100% } figcaption { font-size: .8rem; color: #667 } pre { white-space: pre-wrap; background: #f7f8fb; padding: .6rem } .muted { color: #667 }
+figure { margin: 0; width: 17rem; max-width: 100% } figcaption { font-size: .8rem; color: #667 }
+pre { white-space: pre-wrap; background: #f7f8fb; padding: .6rem } .muted { color: #667 }
 """
 NUM_SAMPLES = 6
 Plots = dict[str, dict[str, str]]
@@ -35,13 +35,13 @@ def html(run: PipelineRun, summary: dict[str, Any], plots: Plots) -> str:
         _estimates_table(summary["metrics"]),
         _gate(summary["gate"]),
         _retrain(summary["retrain"]),
-        _data(summary["stages"]),
+        _data(run, summary["stages"]),
         f"<p>Release {_text(approval_text(summary['approval']))}</p>" if summary["approval"] else "",
         _curves(plots),
         _samples(summary),
         f"<h2>Export</h2><p><code>{_text(summary['serve'])}</code></p>" if summary["serve"] else "",
-        _cost(summary["stages"]),
-        _versions(summary["stages"]),
+        _cost(run, summary["stages"]),
+        _versions(run, summary["stages"]),
     ]
     head = f"<meta name=viewport content='width=device-width'><title>{run.profile.name}</title><style>{STYLE}</style>"
     return f"<!doctype html><html lang=en><meta charset=utf-8>{head}" + "\n".join(parts)
@@ -133,42 +133,43 @@ def _retrain(retrain: dict[str, Any] | None) -> str:
     return "<h2>Canaries</h2>" + _table(("at the end of training", "", ""), rows) + verdict
 
 
-def _data(stages: list[dict[str, Any]]) -> str:
+def _data(run: PipelineRun, stages: list[dict[str, Any]]) -> str:
     """Show each dataset: rows, rows set aside, and the tokens that its trainers read."""
     rows = []
     for record in (record for record in stages if record["stage"].startswith("validate-") and record["artifact"]):
-        details = _manifest(record)["artifact"]["details"]
+        details = _manifest(run, record).get("artifact", {}).get("details", {})
         tokens = ", ".join(f"{stage} {judged['tokens']:,}" for stage, judged in details.get("tokens", {}).items())
         counts = [f"{record['metrics'].get(name, 0):,.0f}" for name in ("num_rows", "data/quarantined_rows")]
-        rows.append([record["stage"].removeprefix("validate-"), details["contract"]["kind"], *counts, tokens])
+        rows.append([record["stage"].removeprefix("validate-"), details.get("contract", {}).get("kind", ""), *counts, tokens])
     return "<h2>Data</h2>" + _table(("dataset", "kind", "rows", "set aside", "tokens"), rows) if rows else ""
 
 
-def _cost(stages: list[dict[str, Any]]) -> str:
+def _cost(run: PipelineRun, stages: list[dict[str, Any]]) -> str:
     ran = [record for record in stages if record["status"] == "ran"]
     cached = [record for record in stages if record["status"] == "cached" and record["artifact"]]
-    spared = sum(_manifest(record)["artifact"].get("seconds", 0.0) for record in cached)
+    spared = sum(_manifest(run, record).get("artifact", {}).get("seconds", 0.0) for record in cached)
     total = sum(record["seconds"] for record in ran)
     text = f"{total:,.0f} s in {len(ran)} stages that ran; {len(cached)} came from the store, which spared {spared:,.0f} s."
     return f"<h2>Cost</h2><p>{text}</p>"
 
 
-def _versions(stages: list[dict[str, Any]]) -> str:
+def _versions(run: PipelineRun, stages: list[dict[str, Any]]) -> str:
     """Show the libraries that the newest job ran with."""
     last = next((record for record in reversed(stages) if record["artifact"]), None)
-    libraries = _manifest(last)["identity"].get("libraries", {}) if last else {}
+    libraries = _manifest(run, last).get("identity", {}).get("libraries", {}) if last else {}
     return f"<p class=muted>{_text(', '.join(f'{name} {version}' for name, version in libraries.items()))}</p>"
 
 
-def _manifest(record: dict[str, Any]) -> dict[str, Any]:
-    return json.loads((Path(record["artifact"]) / MANIFEST).read_text())
+def _manifest(run: PipelineRun, record: dict[str, Any]) -> dict[str, Any]:
+    stage = "dataset" if record["stage"].startswith("validate-") else record["stage"]
+    return run.store.manifest(stage, record["fingerprint"]) or {} if record["fingerprint"] else {}
 
 
 def _curves(plots: Plots) -> str:
     parts = []
     for stage, charts in plots.items():
         figures = [
-            f"<figure><img alt='{key} of {stage}' src='data:image/png;base64,{png}'><figcaption>{MEANING[key]}</figcaption></figure>"
+            f"<figure><img alt='{key} of {stage}' src='data:image/png;base64,{png}'><figcaption>{MEANING[key]}</figcaption>"
             for key, png in charts.items()
         ]
         parts.append(f"<h3>{stage}</h3><div class=charts>{''.join(figures)}</div>")

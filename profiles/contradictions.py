@@ -110,7 +110,8 @@ def _drift(profile: Profile) -> Iterator[str]:
     if drift.signals.get("kl") is not None and not logs_kl and drift.canaries.num_prompts == 0:
         yield (
             f"drift.canaries.num_prompts is 0 and recipe.policy.method {policy.method!r} logs no kl"
-            f"{' at beta 0' if isinstance(policy, Grpo) else ''}: nothing measures drift.signals.kl. Set num_prompts > 0, or drift.signals.kl: null."
+            f"{' at beta 0.0' if isinstance(policy, Grpo) else ''}: nothing measures drift.signals.kl. Set num_prompts > 0, or "
+            "drift.signals.kl: null."
         )
     blind = drift.canaries.num_prompts == 0 or metric != "accuracy"
     if "reward_hacking" in drift.model_fields_set and drift.reward_hacking and blind:
@@ -139,17 +140,12 @@ def _on_halt(profile: Profile) -> Iterator[str]:
             "last good checkpoint may be deleted before the halt. Drop save_total_limit."
         )
     if drift.on_halt == "retry":
-        for name, factor in drift.retry.change.items():
+        for name in drift.retry.change:
             value = args.get(name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not value:
                 yield (
                     f"drift.retry.change.{name} multiplies recipe.policy.args.{name}, which is {value!r}: nothing would "
                     f"change. Set recipe.policy.args.{name}, or change another argument."
-                )
-            elif isinstance(value, int) and value * factor != int(value * factor):
-                yield (
-                    f"drift.retry.change.{name} is {factor}, and recipe.policy.args.{name} {value} times that is no whole number. "
-                    "Choose a factor that leaves one."
                 )
 
 

@@ -41,7 +41,8 @@ def restarted(spec: JobSpec, last_good: dict[str, Any], number: int) -> JobSpec:
     """Return the spec of a restart: the steps that are left, from the last good weights, with other draws."""
     args = dict(spec.config["args"])
     for name, factor in spec.drift["retry"]["change"].items():
-        args[name] = type(args[name])(args[name] * factor)
+        scaled = args[name] * factor
+        args[name] = int(scaled) if isinstance(args[name], int) and scaled.is_integer() else scaled
     args["max_steps"] = last_good["left"]
     os.replace(spec.result_file, spec.result_file.with_name(f"result.halted-{number}.json"))
     update = {"config": spec.config | {"args": args}, "seed": spec.seed + 1, "first_step": last_good["step"]}
