@@ -2,6 +2,7 @@
 
     .venv-job/bin/python benchmarks/drift.py                        all runs, two at a time: about half an hour
     .venv-job/bin/python benchmarks/drift.py --record FOLDER        and keep their series, which are test data
+    .venv-job/bin/python benchmarks/drift.py --series tests/tasks/monitoring/series     the table alone, from what was kept
     .venv-job/bin/python benchmarks/drift.py --healthy 2 --seeds 1  a taste
 
 Every run goes to its end, with the governor off; then the quickstart's drift block judges the recorded series step by step, as
@@ -27,11 +28,13 @@ PROJECT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(PROJECT))
 
 from profiles.load import load  # noqa: E402
+from profiles.schema import Drift  # noqa: E402
 from tasks.job_spec import JobSpec  # noqa: E402
-from tasks.monitoring.drift import Series, replay, smoothed, watched  # noqa: E402
+from tasks.monitoring.drift import HALT, Finding, Series, replay, smoothed, watched  # noqa: E402
 
 NEAR = {"name": "near_answer", "weight": 1.0}
 RECIPE = load("quickstart").recipe
+KEPT = {"healthy": True, "collapsed": False}
 NO_LIMITS = {"signals": {}, "reward_hacking": None, "kl_cusum": None}
 
 
@@ -77,7 +80,10 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2, help="seeds of each cause")
     parser.add_argument("--record", type=Path, help="folder for healthy.jsonl and collapsed.jsonl")
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--series", type=Path, help="judge what --record kept there, train nothing")
     asked = parser.parse_args()
+    if asked.series:
+        return table([json.loads(line) for name in KEPT for line in (asked.series / f"{name}.jsonl").open()])
     wanted = [(HEALTHY, seed) for seed in range(1, asked.healthy + 1)]
     wanted += [(cause, seed) for cause in CAUSES for seed in range(1, asked.seeds + 1)]
     with tempfile.TemporaryDirectory() as folder:
@@ -168,7 +174,7 @@ def wrong_end(adapter: Path, copy: Path) -> Path:
 def record(folder: Path, runs: list[dict[str, Any]]) -> None:
     """Keep the series: one run per line, values to five digits."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, healthy in (("healthy", True), ("collapsed", False)):
+    for name, healthy in KEPT.items():
         with (folder / f"{name}.jsonl").open("w") as file:
             for run in runs:
                 if (run["cause"] == HEALTHY.name) is healthy:
@@ -176,19 +182,32 @@ def record(folder: Path, runs: list[dict[str, Any]]) -> None:
 
 
 def table(runs: list[dict[str, Any]]) -> None:
-    """Print a line per cause: how many runs were halted, by what, at which step, and when the damage was done."""
-    drift = load("quickstart").drift.model_dump()
-    print("\n| cause | runs | halted | by | halt at step | damaged at step |\n|---|---|---|---|---|---|")
+    """Print a line per cause: the step of the halt by the quickstart's corridors and by the defaults, what saw it, the damage."""
+    quickstart, defaults = load("quickstart").drift.model_dump(), Drift().model_dump()
+    print("\n| cause | runs | halted | by | at step | by the defaults | damaged at step |\n|---|---|---|---|---|---|---|")
     for cause in dict.fromkeys(run["cause"] for run in runs):
         own = [run for run in runs if run["cause"] == cause]
-        halts = [next((f for f in replay(run["series"], drift) if f.severity == "halt"), None) for run in own]
-        by = ", ".join(sorted({f"{halt.signal} ({halt.detector})" for halt in halts if halt}))
-        steps = ", ".join(str(halt.step) if halt else "none" for halt in halts if halt or cause != HEALTHY.name)
-        damage = [damaged(run["series"]) for run in own]
-        when = ", ".join("never" if step is None else str(step) for step in damage) if cause != HEALTHY.name else ""
-        print(f"| {cause} | {len(own)} | {sum(halt is not None for halt in halts)} | {by} | {steps} | {when} |")
-    warned = [run for run in runs if run["cause"] == HEALTHY.name and replay(run["series"], drift)]
-    print(f"\nhealthy runs with a warning: {len(warned)}")
+        halts, others = ([halt_of(run["series"], drift) for run in own] for drift in (quickstart, defaults))
+        by = ", ".join(sorted({f"`{halt.signal}` ({halt.detector})" for halt in halts if halt}))
+        halted = f"{sum(halt is not None for halt in halts)}"
+        print(f"| {cause} | {len(own)} | {halted} | {by} | {steps(halts)} | {steps(others)} | {damage(own)} |")
+    healthy = [run["series"] for run in runs if run["cause"] == HEALTHY.name]
+    warned = {name: sum(bool(replay(series, drift)) for series in healthy) for name, drift in
+              (("the quickstart's corridors", quickstart), ("the defaults", defaults))}  # fmt: skip
+    print(f"\n{len(healthy)} healthy runs, of which warned: " + ", ".join(f"{n} by {name}" for name, n in warned.items()))
+
+
+def halt_of(series: Series, drift: dict[str, Any]) -> Finding | None:
+    return next((finding for finding in replay(series, drift) if finding.severity == HALT), None)
+
+
+def steps(halts: list[Finding | None]) -> str:
+    return "none" if not any(halts) else ", ".join(str(halt.step) if halt else "none" for halt in halts)
+
+
+def damage(runs: list[dict[str, Any]]) -> str:
+    found = [damaged(run["series"]) for run in runs]
+    return "never" if not any(found) else ", ".join(str(step) if step else "never" for step in found)
 
 
 def damaged(series: Series) -> int | None:

@@ -37,6 +37,7 @@ def run(main: Callable[[JobSpec], JobResult]) -> None:
     try:
         result = main(spec)
     except Halted as halt:
+        print(f"{spec.stage}: rank {rank} halts at step {halt.details['finding']['step']}", flush=True)
         if rank == 0:
             _leave(spec.result_file, JobResult(status="halted", error=str(halt), details=halt.details))
         sys.exit(HALT_EXIT_CODE)

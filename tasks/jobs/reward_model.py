@@ -17,7 +17,7 @@ from trl import RewardConfig, RewardTrainer  # isort: skip
 
 
 def main(spec: JobSpec) -> JobResult:
-    """Leave a stand-alone classification checkpoint (one logit), and its accuracy on held-out pairs as eval_accuracy."""
+    """Leave a stand-alone classification checkpoint (one logit); on held-out pairs eval_accuracy, eval_ece and eval_brier."""
     tokenizer = load_tokenizer(spec)
     model = AutoModelForSequenceClassification.from_pretrained(
         spec.inputs["base_model"], num_labels=1, dtype=getattr(torch, spec.config["dtype"]),
@@ -33,12 +33,38 @@ def main(spec: JobSpec) -> JobResult:
         peft_config=lora_config(spec.config["lora"], "SEQ_CLS"),
     )
     prove_rows(spec, trainer.train_dataset, trainer.eval_dataset)
-    metrics = train(trainer, spec).metrics | trainer.evaluate()
+    metrics = train(trainer, spec).metrics | trainer.evaluate() | calibration(held_out_margins(trainer))
     if trainer.is_world_process_zero():
         trained = trainer.model.merge_and_unload() if spec.config["lora"] else trainer.model
         trained.save_pretrained(str(spec.output))
         tokenizer.save_pretrained(str(spec.output))
     return done(metrics, held_out_pairs=len(held_out))
+
+
+def held_out_margins(trainer: RewardTrainer) -> torch.Tensor:
+    """Return each held-out pair's reward of chosen minus rejected."""
+    margins = []
+    trainer.model.eval()
+    with torch.no_grad():
+        for batch in trainer.get_eval_dataloader():
+            rewards = trainer.model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits.squeeze(-1).float()
+            chosen, rejected = rewards.chunk(2)
+            margins.append(trainer.accelerator.gather_for_metrics(chosen - rejected))
+    return torch.cat(margins)
+
+
+def calibration(margins: torch.Tensor, num_bins: int = 10) -> dict[str, float]:
+    """Return how far the model's certainty is from its accuracy, both 0 at best.
+
+    `eval_ece` is the expected calibration error over bins of σ|Δ| (arXiv:1706.04599), `eval_brier` the mean of (1 − σ(Δ))².
+    """
+    certainty, right = torch.sigmoid(margins.abs()), (margins > 0).float()
+    bins = ((certainty - 0.5) * 2 * num_bins).long().clamp(max=num_bins - 1)
+    gaps = [(certainty[bins == b] - right[bins == b]).sum().abs() for b in range(num_bins)]
+    return {
+        "eval_ece": float(torch.stack(gaps).sum() / len(margins)),
+        "eval_brier": float(((1 - torch.sigmoid(margins)) ** 2).mean()),
+    }
 
 
 def split_by_prompt(pairs: Dataset, ratio: float, seed: int) -> tuple[Dataset, Dataset]:

@@ -43,6 +43,7 @@ MEANING = {
     "entropy": "mean entropy of the next-token distribution, nats per token",
     "accuracy": "share of pairs whose chosen answer gets the higher reward",
     "eval_accuracy": "the same on held-out pairs",
+    "eval_ece": "expected calibration error of its certainty on held-out pairs, 0 at best (arXiv:1706.04599)",
     "margin": "mean reward of chosen minus rejected",
     "reward": "mean total reward of the rollouts, after weights",
     "kl": "estimate of KL(policy || reference), nats per token (k3 estimator, http://joschu.net/blog/kl-approx.html)",

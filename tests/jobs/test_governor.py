@@ -178,3 +178,22 @@ def test_restart_begins_at_the_last_good_weights_with_the_same_reference(grpo_sp
     assert after[0]["step"] == good["step"] + 1 and after[-1]["step"] == 30
     assert after[0]["metrics"]["kl"] == pytest.approx(before[good["step"] - 1], rel=0.1) and after[0]["metrics"]["kl"] > 0
     assert "halted" not in result.details
+
+
+def test_calibration_of_a_reward_model_is_zero_where_certainty_is_accuracy():
+    """Margins of ±log 3 mean a certainty of 3/4: with 3 of 4 pairs right it is calibrated, with 4 of 4 it is 1/4 off.
+
+    Brier: (1 - 3/4)² where it is right, (1 - 1/4)² where it is wrong.
+    """
+    import math
+
+    import torch
+
+    from tasks.jobs.reward_model import calibration
+
+    sure = math.log(3)
+    fair = calibration(torch.tensor([sure, sure, sure, -sure]))
+    assert fair["eval_ece"] == pytest.approx(0.0, abs=1e-6)
+    assert fair["eval_brier"] == pytest.approx((3 * 0.25**2 + 0.75**2) / 4)
+    modest = calibration(torch.tensor([sure, sure, sure, sure]))
+    assert modest["eval_ece"] == pytest.approx(0.25) and modest["eval_brier"] == pytest.approx(0.25**2)
