@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 
 import polars as pl
 import polars.selectors as cs
@@ -23,6 +24,7 @@ _JSON_STRING = r'\A\s*"(\\.|[^"\\\n])*"\s*\z'
 _PACKED_TURNS = r"""(?s)\A\s*\[\s*\{.*?['"](role|from)['"]\s*:\s*['"](system|user|assistant|tool|human|gpt)['"]"""
 _GARBLED = r"\x{FFFD}|[ÂÃ][\x{80}-\x{BF}]|â€"  # bytes that were no text, and UTF-8 that was read as Latin-1
 _UNFILLED = r"\{\{\s*\w+\s*\}\}"  # {{name}}
+_HEAD_CHARS = 32
 _NO_INPUT = r"(?i)(\A|\n)[\s<`]*no ?input[\s>`.]*\z"  # Alpaca's; anchored at its end, and by itself, it costs next to nothing
 
 _ROLE, _CONTENT, _CALLS, _SAID = (pl.element().struct.field(name) for name in ("role", "content", "tool_calls", "said"))
@@ -35,17 +37,24 @@ def batch_facts(batch: pa.Table, kind: Kind, leaks: Leaks) -> pl.DataFrame:
     rows = as_messages(batch, kind)
     asked = asked_texts(rows)
     hashes = [hash_of(text) for text in asked]
-    return rows.with_columns(_texts(kind)).select(
-        "row",
-        *_counts(kind),
-        *_digests(kind, batch.schema.names),
-        *_about_fields(kind),
-        *_about_kind(kind),
+    no_row = [False] * rows.height
+    with ThreadPoolExecutor(1) as beside:  # what numpy does holds Python's lock, which polars does not need
+        bands = beside.submit(band_numbers, _spoken(rows, kind))
+        rows = rows.with_columns(_texts(kind))
+        found = rows.select(
+            "row",
+            *_counts(kind),
+            *_digests(kind, batch.schema.names),
+            *_about_fields(kind),
+            *_about_kind(kind),
+            *([pl.col("row").is_in(_ties(rows).implode()).alias("is_tie")] if kind.name == "preference" else []),
+        )
+    return found.with_columns(
         pl.Series("n_undescribed_calls", _undescribed_calls(rows, kind.texts()), dtype=pl.Int64),
-        *(pl.Series(name, band) for name, band in zip(BANDS, band_numbers(_spoken(rows, kind)).T, strict=True)),
+        *(pl.Series(name, band) for name, band in zip(BANDS, bands.result().T, strict=True)),
         pl.Series("prompt_hash", hashes, dtype=pl.String),
-        pl.Series("overlaps_eval", leaks.overlaps(asked, hashes, _user_turns(rows, leaks)), dtype=pl.Boolean),
-        pl.Series("quotes_eval", _quotes(rows, kind.texts(), leaks), dtype=pl.Boolean),
+        pl.Series("overlaps_eval", leaks.overlaps(asked, hashes, user_turns(rows) if leaks.prompts else []), dtype=pl.Boolean),
+        pl.Series("quotes_eval", leaks.quotes(whole_texts(rows, kind)) if leaks.passages else no_row, dtype=pl.Boolean),
         n_held_out=pl.lit(len(leaks.prompts)),
     )
 
@@ -202,13 +211,31 @@ def _about_pairs() -> list[pl.Expr]:
     differ = chosen != rejected
     return [
         differ.alias("__differ"),
-        (~differ & (_roles("chosen") == _roles("rejected"))).alias("is_tie"),
         (_begins_with_prompt("chosen") & _begins_with_prompt("rejected")).alias("is_echo"),
         (differ & rejected.str.starts_with(chosen)).alias("chosen_is_prefix"),
         (differ & chosen.str.starts_with(rejected)).alias("rejected_is_prefix"),
         (_chars("chosen") > _chars("rejected")).alias("is_chosen_longer"),
         ((_chars("chosen") + 1) / (_chars("rejected") + 1)).alias("len_ratio"),
     ]
+
+
+def _ties(rows: pl.DataFrame) -> pl.Series:
+    """Return the numbers of the pairs whose replies are equal but for how much white space, and which, parts their words.
+
+    White space is looked for in what few pairs begin alike, so that it costs next to nothing.
+    """
+    pair = pl.col("__chosen"), pl.col("__rejected")
+    one, other = (text.str.head(_HEAD_CHARS).str.replace_all(r"\s+", "") for text in pair)
+    tests = (
+        pair[0].str.head(1) == pair[1].str.head(1),
+        one.str.starts_with(other) | other.str.starts_with(one),
+        pair[0].str.replace_all(r"\s+", " ") == pair[1].str.replace_all(r"\s+", " "),
+        _roles("chosen") == _roles("rejected"),
+    )
+    found = rows.select("row", "chosen", "rejected", "__chosen", "__rejected")
+    for test in tests:
+        found = found.filter(test)
+    return found["row"]
 
 
 def _undescribed_calls(rows: pl.DataFrame, fields: tuple[str, ...]) -> list[int]:
@@ -239,14 +266,12 @@ def _spoken(rows: pl.DataFrame, kind: Kind) -> list[str]:
     return rows.select(pl.concat_str(fields, separator="\n")).to_series().to_list()
 
 
-def _user_turns(rows: pl.DataFrame, leaks: Leaks) -> list[list[str]]:
-    if not leaks.prompts:
-        return []
+def user_turns(rows: pl.DataFrame) -> list[list[str]]:
+    """Return the texts of the user's turns in what each of `as_messages` asks, or in its whole conversation."""
     turns = pl.col("messages" if "messages" in rows.columns else "prompt").list.filter(_ROLE == "user")
     return rows.select(turns.list.eval(_CONTENT)).to_series().to_list()
 
 
-def _quotes(rows: pl.DataFrame, fields: tuple[str, ...], leaks: Leaks) -> list[bool]:
-    if not leaks.passages:
-        return [False] * rows.height
-    return leaks.quotes(rows.select(pl.concat_str([_text(name) for name in fields], separator="\n")).to_series().to_list())
+def whole_texts(rows: pl.DataFrame, kind: Kind) -> list[str]:
+    """Return the whole of each of `as_messages`."""
+    return rows.select(pl.concat_str([_text(name) for name in kind.texts()], separator="\n")).to_series().to_list()

@@ -10,6 +10,8 @@ from types import TracebackType
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from data_contracts.places import Places
+
 GROUP_ROWS = 10_000
 _GROUP_BYTES = 32 << 20
 
@@ -21,6 +23,7 @@ class RowsFile:
     path: Path
     schema: pa.Schema
     num_rows: int
+    places: Places = Places()  # of the rows in their source, until the file is left to itself
 
     @classmethod
     def at(cls, path: Path) -> "RowsFile":

@@ -19,16 +19,16 @@ Facts carry no text, so a report of them leaks none. `fact_columns(kind)` lists 
 - `n_held_out`: how many prompts it was compared with; 0 means that nobody looked.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import pandas as pd
 import polars as pl
 import pyarrow as pa
 
-from data_contracts.batch_facts import BANDS, as_messages, asked_texts, batch_facts, digest_columns
+from data_contracts.batch_facts import BANDS, batch_facts, digest_columns
 from data_contracts.canonical import RowsFile, batches_of
 from data_contracts.kinds import Kind, kind_of
-from data_contracts.leaks import Leaks, hash_of, passages_of
+from data_contracts.leaks import Leaks
 from data_contracts.sources import KIND_METADATA
 
 _COMMON = (
@@ -53,7 +53,7 @@ def facts(
 ) -> pd.DataFrame:
     """Return the facts about each row of what `rows.read_rows` or `rows.store_rows` made; of a file's text little is in memory.
 
-    `held_out` are the `prompt_hashes`, and `passages` the `prompt_passages`, of rows that must not be trained on.
+    `held_out` and `passages` are the `prompts` and the `passages` of a `held_out.HeldOut`.
     """
     asked = kind_of(kind)
     _check_kind(rows.schema, asked)
@@ -68,21 +68,6 @@ def fact_columns(kind: str) -> list[str]:
     per_field = [f"{name}_{fact}" for name in asked.texts() for fact in ("roles", "chars")]
     of_tools = ("n_undescribed_calls",) if asked.takes_tools else ()
     return [*_COMMON, *per_field, *of_tools, *_OF_KIND.get(kind, ())]
-
-
-def prompt_hashes(rows: pa.Table | RowsFile, kind: str) -> set[str]:
-    """Return the hashes of the rows' prompts, to be held out of others."""
-    return {hash_of(prompt) for prompt in _prompts(rows, kind)}
-
-
-def prompt_passages(rows: pa.Table | RowsFile, kind: str) -> frozenset[str]:
-    """Return every passage of the rows' prompts that only one of them has, to be looked for in others' texts."""
-    return passages_of(_prompts(rows, kind))
-
-
-def _prompts(rows: pa.Table | RowsFile, kind: str) -> Iterator[str]:
-    asked = kind_of(kind)
-    return (prompt for batch in batches_of(rows) for prompt in asked_texts(as_messages(batch, asked)))
 
 
 def _check_kind(schema: pa.Schema, kind: Kind) -> None:

@@ -1,6 +1,7 @@
 """Explicit conversions into TRL's rows from the two layouts that most published sets have: ShareGPT and Alpaca.
 
-A conversion renames; it never guesses. What a layout cannot say exactly in TRL's words is refused, not dropped.
+A conversion renames; it never guesses. What a layout cannot say exactly in TRL's words is refused, not dropped: dropped are
+only keys that say nothing, with which dumps of OpenAI's SDK fill each message.
 """
 
 from typing import Any, Literal
@@ -123,9 +124,36 @@ def to_trl(row: object, layout: str, kind: Kind) -> object:
     """Return the row in TRL's words. Raises ValueError (pydantic's is one) with what the layout lacks."""
     if layout != "trl":
         return _CONVERSIONS[layout, kind.name](row)
+    row = _without_empty_keys(row, {*kind.conversational, "messages"})
     if kind.name == "preference":
         return explicit_prompt(row)
     return _split_reply(row) if kind.name == "unpaired_preference" else row
+
+
+# What a message may carry in OpenAI's SDK, and in the servers that speak like it, beside role and content.
+_SDK_KEYS = frozenset(
+    {"refusal", "annotations", "audio", "function_call", "tool_calls", "tool_call_id", "name", "weight", "parsed"}
+    | {"reasoning", "reasoning_content"}
+)
+
+
+def _without_empty_keys(row: object, columns: set[str]) -> object:
+    """Leave such keys out of a row's messages where they hold nothing.
+
+    A template that asks what such a key holds renders the same without it; one that only asks whether it is there would raise.
+    """
+    if not isinstance(row, dict):
+        return row
+    return {name: _filled(value) if name in columns and isinstance(value, list) else value for name, value in row.items()}
+
+
+def _filled(turns: list) -> list:
+    return [
+        {name: value for name, value in turn.items() if name not in _SDK_KEYS or value not in (None, "", [], {})}
+        if isinstance(turn, dict) and not _SDK_KEYS.isdisjoint(turn)
+        else turn
+        for turn in turns
+    ]
 
 
 def explicit_prompt(row: object) -> object:

@@ -7,7 +7,7 @@ from functools import cached_property
 
 import numpy as np
 
-from data_contracts.words import AT_ONCE, lowered, run_numbers, word_numbers
+from data_contracts.words import lowered, run_numbers, some_at_once, word_numbers
 
 PASSAGE_WORDS = 13
 # Of whatever 13 words in a row, one of the first seven is at a multiple of 7 in the text, and the six after it are still among
@@ -35,12 +35,12 @@ class Leaks:
         """Tell for each text whether one of the passages stands in it."""
         if not self.passages:
             return [False] * len(texts)
-        return [found for start in range(0, len(texts), AT_ONCE) for found in self._quoted(texts[start : start + AT_ONCE])]
+        return [found for some in some_at_once(texts) for found in self._quoted(some)]
 
     def _quoted(self, texts: list[str]) -> list[bool]:
         suspects = set(self._suspects(texts))
         return [
-            number in suspects and not self.passages.isdisjoint(_windows(text.casefold().split()))
+            number in suspects and not self.passages.isdisjoint(windows(text.casefold().split()))
             for number, text in enumerate(texts)
         ]
 
@@ -49,7 +49,7 @@ class Leaks:
         levelled = [lowered(text) for text in texts]
         words, starts = word_numbers(b" ".join(levelled))
         at = np.arange(0, len(words) - _SEVEN + 1, _SEVEN)
-        sevens = run_numbers(words, at, _SEVEN)
+        sevens = run_numbers([words[at + place] for place in range(_SEVEN)])
         known, table = self._known
         found = np.flatnonzero(table[sevens >> np.uint64(64 - _BITS)])  # hardly any: cheaper than a search for each
         nearest = np.minimum(np.searchsorted(known, sevens[found]), len(known) - 1)
@@ -65,7 +65,8 @@ class Leaks:
         """
         words, _ = word_numbers(" ".join(self.passages).encode())
         firsts = np.arange(0, len(words), PASSAGE_WORDS)
-        known = np.unique(run_numbers(words, (firsts[:, None] + np.arange(_SEVEN)).ravel(), _SEVEN))
+        begins = (firsts[:, None] + np.arange(_SEVEN)).ravel()
+        known = np.unique(run_numbers([words[begins + place] for place in range(_SEVEN)]))
         table = np.zeros(2**_BITS, bool)
         table[known >> np.uint64(64 - _BITS)] = True
         return known, table
@@ -73,7 +74,7 @@ class Leaks:
 
 def passages_of(prompts: Iterable[str]) -> frozenset[str]:
     """Return every passage that only one of these prompts has."""
-    counts = Counter(passage for prompt in set(prompts) for passage in _windows(prompt.casefold().split()))
+    counts = Counter(passage for prompt in set(prompts) for passage in windows(prompt.casefold().split()))
     return frozenset(passage for passage, count in counts.items() if count == 1)
 
 
@@ -89,5 +90,6 @@ def _levelled(text: str) -> str:
     return " ".join(text.casefold().split())
 
 
-def _windows(words: Sequence[str]) -> set[str]:
+def windows(words: Sequence[str]) -> set[str]:
+    """Return every passage of these words."""
     return {" ".join(words[start : start + PASSAGE_WORDS]) for start in range(len(words) - PASSAGE_WORDS + 1)}

@@ -6,46 +6,42 @@ It is an estimate: of two rows that share 90 % of their word triples 99 in 100 a
 import numpy as np
 from rensa import RMinHash
 
-from data_contracts.words import AT_ONCE, lowered, run_numbers, word_numbers
+from data_contracts.words import lowered, run_numbers, some_at_once, word_numbers
 
 NUM_BANDS = 8  # rows are near if one band is equal: found are 1 - (1 - j^8)^8 of the pairs with Jaccard index j
 _IN_BAND = 8
 _WORDS = 3
 _SEED = 1
+_NOTHING = b"\0"  # in the place of a text without words, so that it has a number too
 
 
 def band_numbers(texts: list[str]) -> np.ndarray:
     """Return the bands of each text, 64-bit numbers of shape (texts, 8); case and white space are levelled."""
-    bands = [_bands(texts[start : start + AT_ONCE]) for start in range(0, len(texts), AT_ONCE)]
+    bands = [_bands(some) for some in some_at_once(texts)]
     return np.concatenate(bands) if bands else np.zeros((0, NUM_BANDS), np.uint64)
 
 
 def _bands(texts: list[str]) -> np.ndarray:
-    triples, offsets = _triples([lowered(text) for text in texts])
+    triples, offsets = _triples([lowered(text).strip() or _NOTHING for text in texts])
     made = RMinHash.digest_matrix_from_flat_token_hashes(triples, offsets, NUM_BANDS * _IN_BAND, _SEED)
     minima = np.array(made.to_rows(), np.uint64).reshape(len(texts) * NUM_BANDS, _IN_BAND)
-    flat = minima[:, ::2] << np.uint64(32) | minima[:, 1::2]  # two minima of 32 bits in one number
-    starts = np.arange(0, flat.size, _IN_BAND // 2)
-    return run_numbers(flat.ravel(), starts, _IN_BAND // 2).reshape(len(texts), NUM_BANDS)
+    pairs = minima[:, ::2] << np.uint64(32) | minima[:, 1::2]  # two minima of 32 bits in one number
+    return run_numbers(pairs.T).reshape(len(texts), NUM_BANDS)
 
 
 def _triples(texts: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
     """Return a number for each three words that follow each other, and where those of each text begin and the last end.
 
-    A text of fewer words has one number, which only its equals share.
+    A text of fewer words has one number, which only its equals share. Numbers may stand twice: no minimum changes by it.
     """
     words, starts = word_numbers(b" ".join(texts))
-    sizes = np.array([len(text) + 1 for text in texts])
-    firsts = np.append(np.searchsorted(starts, np.cumsum(sizes) - sizes), len(words))
-    counts = np.diff(firsts)
-    offsets = np.append(0, np.cumsum(np.maximum(counts - _WORDS + 1, 1)))
-    numbers = np.empty(offsets[-1], np.uint64)
-    is_short = counts < _WORDS
-    is_triple = np.ones(len(numbers), bool)
-    is_triple[offsets[:-1][is_short]] = False
-    owners = np.repeat(np.arange(len(texts)), counts)
-    at = np.flatnonzero(owners[_WORDS - 1 :] == owners[: len(owners) - _WORDS + 1]) if len(words) >= _WORDS else offsets[:0]
-    numbers[is_triple] = run_numbers(words, at, _WORDS)
-    for n in np.flatnonzero(is_short):
-        numbers[offsets[n]] = run_numbers(words, firsts[[n]], counts[n])[0] + np.uint64(counts[n])
-    return numbers, offsets
+    ends = np.searchsorted(starts, np.cumsum([len(text) + 1 for text in texts]))
+    firsts = np.append(0, ends[:-1])
+    then = np.append(words, np.zeros(_WORDS, np.uint64))
+    numbers = run_numbers([then[place : place + len(words)] for place in range(_WORDS)])
+    for count in range(1, _WORDS):
+        short = firsts[ends - firsts == count]
+        numbers[short] = run_numbers([words[short + place] for place in range(count)]) + np.uint64(count)
+    for place in range(1, _WORDS):  # what begins there runs on into the next text
+        numbers[np.maximum(ends - place, firsts)] = numbers[firsts]
+    return numbers, np.append(0, ends)

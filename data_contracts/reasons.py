@@ -1,5 +1,8 @@
 """Why a row is not of its kind, in the words of the person who made the file."""
 
+import re
+from collections.abc import Iterable
+
 from pydantic import ValidationError
 
 from data_contracts.kinds import KINDS, RESERVED_COLUMNS, TOOLS, Kind
@@ -48,15 +51,64 @@ def first_reason(error: ValidationError) -> str:
     details = error.errors(include_url=False)
     first = details[0]
     path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).removeprefix(".")
-    said = _SAID.get(first["type"]) or _own_words(first)
+    said = _of_a_key(first) or _SAID.get(first["type"]) or _own_words(first)
     more = f" (and {len(details) - 1} more in this row)" if len(details) > 1 else ""
     return f"{path} {said.replace('{}', shown(first['input']))}{more}".strip()
+
+
+# Keys of OpenAI's messages that mean something, of which TRL and most templates take no notice.
+_UNHEEDED = {
+    "name": (
+        "would be lost without a word: most chat templates show no name, and two speakers of one role become one. "
+        "Write it into the content if it matters, then drop it"
+    ),
+    "weight": (
+        "would be lost without a word: TRL knows no weights and trains on a turn of weight 0 as on any other. To train on the "
+        "last turn alone make prompt_completion rows; to train on every turn drop it"
+    ),
+}
+
+
+def _of_a_key(detail: dict) -> str | None:
+    """Say what becomes of a message's key that is refused for what it means, and how to do without it."""
+    if detail["type"] != "extra_forbidden" or len(detail["loc"]) != 3 or detail["loc"][2] not in _UNHEEDED:
+        return None
+    column, _, key = detail["loc"]
+    turns = f'[{{k: v for k, v in turn.items() if k != "{key}"}} for turn in row["{column}"]]'
+    return f'{_UNHEEDED[key]}: dataset.map(lambda row: {{"{column}": {turns}}})'
 
 
 def _own_words(detail: dict) -> str:
     if detail["type"] == "value_error":
         return detail["msg"].removeprefix("Value error, ")
     return detail["msg"][0].lower() + detail["msg"][1:] + ", not {}"
+
+
+_VALUE = re.compile(r"(?s), not .*|(?<=answers no call )'.*?'|(?<=held-out row ).*")
+_NUMBER = re.compile(r"\b(?:0x[0-9a-f]+|\d+)\b")
+
+
+def by_sort(reasons: Iterable[str]) -> dict[str, list[int]]:
+    """Return an example of each sort of reason and the places of all reasons of that sort, in their order.
+
+    Two are of one sort if they differ only in what is the row's own: its value, and places and counts in it.
+    """
+    examples: dict[str, str] = {}
+    found: dict[str, list[int]] = {}
+    differ: set[str] = set()
+    for place, reason in enumerate(reasons):
+        sort = _NUMBER.sub("…", _VALUE.sub("", reason))
+        example = examples.setdefault(sort, reason)
+        found.setdefault(sort, []).append(place)
+        if reason != example:
+            differ.add(sort)
+    return {("e.g. " if sort in differ else "") + examples[sort]: places for sort, places in found.items()}
+
+
+def shortened(text: str, chars: int) -> str:
+    """Return a text in one line of at most so many characters."""
+    line = " ".join(text.split())
+    return line if len(line) <= chars else line[: chars - 1] + "…"
 
 
 def shown(value: object) -> str:

@@ -5,10 +5,10 @@ JSON quotes to the text of 48,000 of 200,000 good rows and more, without a word.
 """
 
 import json
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ from data_contracts.canonical import RowsFile, RowsWriter
 from data_contracts.kinds import RESERVED_COLUMNS, TOOLS, Form, Kind, ToolMessage, kind_of, row_model
 from data_contracts.layouts import check_layout, to_trl
 from data_contracts.native import NativeReader, native_reader
-from data_contracts.reasons import first_reason, refuse_other_columns, shown
+from data_contracts.places import Places
+from data_contracts.reasons import by_sort, first_reason, refuse_other_columns, shown
 from data_contracts.sources import KIND_METADATA, RawLines, RawRow, Unreadable, raw_rows
 
 MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
@@ -30,12 +31,13 @@ _LABELS = {bool: pa.bool_(), list[bool]: pa.list_(pa.bool_())}
 _SCALARS = {str: pa.string(), bool: pa.bool_(), int: pa.int64(), float: pa.float64()}
 _PROBLEMS_MAX = 1000  # kept in the exception; the count goes on
 _CHUNK_ROWS = 10_000
+_ONE_FILE = Places()
 _SETTLING_ROWS = 100  # most of which say what form the file's rows have, so that an odd one at its head is the one named
 
 
 @dataclass(frozen=True)
 class SetAside:
-    """A row that does not train: its 1-based line, every reason, and the row itself as far as it could be read."""
+    """A row that does not train: its 1-based line in the whole source, every reason, and the row as far as it could be read."""
 
     line: int
     reasons: tuple[str, ...]
@@ -43,26 +45,37 @@ class SetAside:
 
 
 class RowsRefused(ValueError):
-    """Rows are not of their kind. `problems` has (1-based line, reason) of the first 1000 of `total` bad rows."""
+    """Rows are not of their kind. `problems` has (1-based line, reason) of the first 1000 of `total` bad rows.
 
-    def __init__(self, source: Path, kind: str, problems: list[tuple[int, str]], total: int, way_out: str = ""):
-        super().__init__(source, kind, problems, total, way_out)
-        self.source, self.kind, self.problems, self.total, self.way_out = source, kind, problems, total, way_out
+    Lines are counted through all files of the source; `places` knows the files.
+    """
+
+    def __init__(
+        self,
+        source: Path,
+        kind: str,
+        problems: list[tuple[int, str]],
+        total: int,
+        way_out: str = "",
+        places: Places = _ONE_FILE,
+    ):
+        super().__init__(source, kind, problems, total, way_out, places)
+        self.source, self.kind, self.problems, self.total = source, kind, problems, total
+        self.way_out, self.places = way_out, places
 
     def __str__(self) -> str:
-        lines = defaultdict(list)
-        for line, reason in self.problems:
-            lines[reason].append(line)
-        shown = [f"  {_line_numbers(lines[reason])}: {reason}" for reason in list(lines)[:8]]
-        more = [f"  … and {len(lines) - 8:,} more reasons"] if len(lines) > 8 else []
+        sorts = by_sort(reason for _, reason in self.problems)
+        named = {reason: self._named([self.problems[at][0] for at in places]) for reason, places in sorts.items()}
+        shown = [f"  {lines}: {reason}" for reason, lines in islice(named.items(), 8)]
+        more = [f"  … and {len(named) - 8:,} more reasons"] if len(named) > 8 else []
         counted = "1 problem" if self.total == 1 else f"{self.total:,} problems"
         head = f"{self.source} is not read as {self.kind} rows: {counted}"
         return "\n".join([head, *shown, *more, *([self.way_out] if self.way_out else [])])
 
-
-def _line_numbers(lines: list[int]) -> str:
-    named = ", ".join(f"{line}" for line in lines[:5])
-    return f"line {named}" + (f" and {len(lines) - 5:,} more" if len(lines) > 5 else "")
+    def _named(self, lines: list[int]) -> str:
+        named = ", ".join(map(str, self.places.shown(lines[:5])))
+        more = f" and {len(lines) - 5:,} more" if len(lines) > 5 else ""
+        return f"{named}{more}" if self.places.files else f"line {named}{more}"
 
 
 def read_rows(source: Path, kind: str, **reading: Any) -> pa.Table:
@@ -87,8 +100,8 @@ def store_rows(source: Path, kind: str, file: Path, **reading: Any) -> RowsFile:
     exactly of its kind, and leaves no file; ValueError for a kind, layout or range that does not exist.
     """
     with RowsWriter(file) as writer:
-        read_into(writer.add, source, kind, **reading)
-    return writer.written()
+        places = read_into(writer.add, source, kind, **reading)
+    return replace(writer.written(), places=places)
 
 
 def read_into(
@@ -102,10 +115,10 @@ def read_into(
     stop: int | None = None,
     set_aside: list[SetAside] | None = None,
     keep_rest: bool = False,
-) -> None:
+) -> Places:
     """Give the rows of a source to `keep`, some thousands at a time and in their order; the rest is as `store_rows` says.
 
-    What `keep` was given is worth nothing if this raises RowsRefused.
+    Returns where they stand. What `keep` was given is worth nothing if this raises RowsRefused.
     """
     asked = kind_of(kind)
     check_layout(layout, asked)
@@ -121,6 +134,8 @@ def read_into(
             first += islice(incoming, _SETTLING_ROWS - 1)
             reading.settle([raw for raw in first if isinstance(raw, RawRow)])
         for raw in chain(first, incoming):
+            if raw.file:
+                reading.files[raw.before] = raw.file
             reading.take_lines(raw) if isinstance(raw, RawLines) else reading.take(raw)
     except Unreadable as error:
         raise RowsRefused(source, kind, [(error.line, error.reason)], 1) from error
@@ -132,10 +147,12 @@ def read_into(
             reading.total,
             f"Mend or remove these rows; {asked.explain()}. Names can be mapped (`columns`, --columns OURS=THEIRS). "
             "What the rows say is judged once all of them can be read.",
+            reading.places(),
         )
     if not reading.num_rows:
         raise RowsRefused(source, kind, [(start + 1, f"there is no row {start}: the source ends before it")], 1)
     reading.flush()
+    return reading.places()
 
 
 @dataclass
@@ -151,20 +168,24 @@ class _Reading:
     form: Form | None = None
     with_tools: bool = False
     extras: dict[str, type] = field(default_factory=dict)
-    settled_by: int = 0  # 1-based line of a row that is as the file's rows are
+    settled_by: str = ""  # the place of a row that is as the file's rows are
     pending: list[dict] = field(default_factory=list)
     native: NativeReader | None = None  # for the rest of the file, if its rows are such as it can read
     num_rows: int = 0
+    files: dict[int, str] = field(default_factory=dict)  # by the rows before each, where they are several
     problems: list[tuple[int, str]] = field(default_factory=list)
     total: int = 0
 
+    def places(self) -> Places:
+        return Places(tuple(self.files.items()))
+
     def settle(self, rows: list[RawRow]) -> None:
         """Let what most of the first rows are, the first of equals, be what the file is; the odd ones are then the others."""
-        shapes = [(shape, raw.number + 1) for raw in rows if (shape := self._shape(raw))]
+        shapes = [(shape, raw.place) for raw in rows if (shape := self._shape(raw))]
         counts = Counter((form, with_tools, frozenset(extras.items())) for (form, with_tools, extras), _ in shapes)
-        for (form, with_tools, extras), line in shapes:
+        for (form, with_tools, extras), place in shapes:
             if counts[form, with_tools, frozenset(extras.items())] == max(counts.values()):
-                return self._settle(form, with_tools, extras, line)
+                return self._settle(form, with_tools, extras, place)
 
     def _shape(self, raw: RawRow) -> tuple[Form, bool, dict[str, type]] | None:
         """Return a row's form, whether it has tools and the types of its extra columns; None of one that is no row alone."""
@@ -193,7 +214,7 @@ class _Reading:
         """Keep one row, or the reason why not."""
         problem = raw.problem
         try:
-            row = None if problem else self._checked(raw.value, raw.number + 1)
+            row = None if problem else self._checked(raw.value, raw.place)
         except ValidationError as error:
             problem = first_reason(error)
         except ValueError as error:
@@ -201,25 +222,25 @@ class _Reading:
         if problem:
             self.total += 1
             if len(self.problems) < _PROBLEMS_MAX:
-                self.problems.append((raw.number + 1, raw.where + problem))
+                self.problems.append((raw.number + 1, problem))
             if self.keep_rest or len(self.set_aside) < _PROBLEMS_MAX:
-                self.set_aside.append(SetAside(raw.number + 1, (raw.where + problem,), raw.value))
+                self.set_aside.append(SetAside(raw.number + 1, (problem,), raw.value))
         elif self._are_kept():
             self._keep({"row": raw.number, **row})
 
     def _are_kept(self) -> bool:
         return not self.total or self.keep_rest  # else the rest is read only for its problems
 
-    def _checked(self, value: object, line: int) -> dict:
+    def _checked(self, value: object, place: str) -> dict:
         """Return a row that is of its kind and as the file's other rows are."""
         row, form, with_tools = self._in_trls_words(value)
         if self.settled_by and form != self.form:
-            raise ValueError(f"{form}, but line {self.settled_by} is {self.form}; a dataset is one or the other")
+            raise ValueError(f"{form}, but {self.settled_by} is {self.form}; a dataset is one or the other")
         if self.settled_by and with_tools != self.with_tools:
             here, first = ("has" if it else "has no" for it in (with_tools, self.with_tools))
-            raise ValueError(f"{here} tools, but line {self.settled_by} {first}. Give every row the column, [] where none")
+            raise ValueError(f"{here} tools, but {self.settled_by} {first}. Give every row the column, [] where none")
         row, extras = self._of_its_kind(row, form, with_tools)
-        self._settle(form, with_tools, extras, line)
+        self._settle(form, with_tools, extras, place)
         return _canonical_tools(row, self.kind.fields(form)) if with_tools else row
 
     def _in_trls_words(self, value: object) -> tuple[Any, Form, bool]:
@@ -241,10 +262,10 @@ class _Reading:
         _refuse_uneven(row, self.kind)
         return row, _extras(row, (*self.kind.columns(form), TOOLS) if with_tools else self.kind.columns(form))
 
-    def _settle(self, form: Form, with_tools: bool, extras: dict[str, type], line: int) -> None:
+    def _settle(self, form: Form, with_tools: bool, extras: dict[str, type], place: str) -> None:
         """Fix the form and the types of extra columns, if nothing has yet, and hold the row to them."""
         if not self.settled_by:
-            self.form, self.with_tools, self.extras, self.settled_by = form, with_tools, extras, line
+            self.form, self.with_tools, self.extras, self.settled_by = form, with_tools, extras, place
             if self.layout == "trl" and not self.columns and not with_tools:
                 self.native = native_reader(self.kind, form, self._schema())
         if extras == self.extras:
@@ -252,7 +273,7 @@ class _Reading:
         for name in sorted(self.extras.keys() | extras.keys()):
             here, first = (types[name].__name__ if name in types else "missing" for types in (extras, self.extras))
             if here != first:
-                raise ValueError(f"column {name!r} is {here} here and {first} in line {self.settled_by}")
+                raise ValueError(f"column {name!r} is {here} here and {first} in {self.settled_by}")
 
     def _keep(self, row: dict) -> None:
         self.pending.append(row)

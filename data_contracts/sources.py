@@ -1,6 +1,7 @@
 """Raw rows out of .jsonl, .json, .parquet, .arrow and what `datasets` saves: untouched, numbered from 0, or why not."""
 
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +24,13 @@ class RawRow:
     number: int
     value: object = None
     problem: str | None = None
-    where: str = ""  # the file inside a folder
+    file: str = ""  # inside a folder
+    before: int = 0  # rows of the folder's files before this one
+
+    @property
+    def place(self) -> str:
+        """Say where the row stands."""
+        return f"{self.file}:{self.number - self.before + 1}" if self.file else f"line {self.number + 1}"
 
 
 @dataclass(frozen=True)
@@ -33,13 +40,11 @@ class RawLines:
     number: int
     lines: list[bytes]
     file: str = ""  # inside a folder
-    before: int = 0  # rows of the folder's files before this one
+    before: int = 0
 
     def row(self, index: int) -> RawRow:
         """Return the row of the line at `index`, parsed."""
-        number = self.number + index
-        where = f"{self.file} line {number - self.before + 1}: " if self.file else ""
-        return RawRow(number, *_parse(self.lines[index]), where)
+        return RawRow(self.number + index, *_parse(self.lines[index]), self.file, self.before)
 
 
 class Unreadable(ValueError):
@@ -69,7 +74,7 @@ def raw_rows(source: Path, start: int, stop: int | None) -> Iterator[RawRow | Ra
                 begin = max(start - row, 0)
                 yield RawLines(row + begin, value[begin : None if stop is None else stop - row], name, first)
             else:
-                yield RawRow(row, value, problem, f"{name} line {number + 1}: " if name else "")
+                yield RawRow(row, value, problem, name, first)
         first += number + size
 
 
@@ -86,7 +91,8 @@ def _files_of(source: Path) -> list[Path]:
     if source.is_dir():
         return _files_in(source)
     if source.suffix not in SUFFIXES:
-        raise Unreadable(f"a {source.suffix or 'suffixless'} file is not read here. Give one of {', '.join(SUFFIXES)}")
+        way_out = _from_csv(source) if source.suffix in _SEPARATORS else f"Give one of {', '.join(SUFFIXES)}"
+        raise Unreadable(f"a {source.suffix or 'suffixless'} file is not read here. {way_out}")
     return [source]
 
 
@@ -109,7 +115,8 @@ def _files_in(folder: Path) -> list[Path]:
     return files
 
 
-_OTHER_FORMATS = (".gz", ".bz2", ".xz", ".zst", ".zip", ".csv", ".tsv")
+_SEPARATORS = {".csv": ",", ".tsv": "\t"}
+_OTHER_FORMATS = (".gz", ".bz2", ".xz", ".zst", ".zip", *_SEPARATORS)
 
 
 def _would_be_left_out(path: Path) -> bool:
@@ -137,6 +144,8 @@ class _Lines(list[bytes]):
 def _json_lines(file: Path) -> Iterator[tuple[int, object, str | None]]:
     number = n_blank = 0
     with _named(file, "JSON Lines"), file.open("rb") as source:
+        _refuse_other_text(file, source.read(_HEAD_BYTES))
+        source.seek(0)
         while chunk := source.readlines(_CHUNK_BYTES):
             for is_blank, group in groupby(chunk, bytes.isspace):
                 lines = _Lines(group)
@@ -149,6 +158,38 @@ def _json_lines(file: Path) -> Iterator[tuple[int, object, str | None]]:
                     yield number, lines, None
                 number += len(lines)
     _refuse_empty(number - n_blank, file)
+
+
+def _refuse_other_text(file: Path, head: bytes) -> None:
+    """Refuse what begins as a JSON array or as CSV does: each of its lines would be named, and none would say so."""
+    _refuse_csv(file, head)
+    if re.match(rb"\s*\[\s*\{", head):
+        raise Unreadable(f"{file.name} holds a JSON array, and a .jsonl file holds one row per line. Name the file .json")
+
+
+def _refuse_csv(file: Path, head: bytes) -> None:
+    """Refuse a file that begins with a header: names with commas, semicolons or tabs between them, or one column of text."""
+    first, _, rest = head.decode("utf-8-sig", errors="replace").partition("\n")
+    names = _HEADER.fullmatch(first.strip())
+    if names and (names["separator"] or first.strip(' "\r') in _LONE) and not rest.lstrip().startswith(("{", "[")):
+        begins = first.strip()[:60]
+        raise Unreadable(f"{file.name} looks like CSV (it begins with {begins!r}). {_from_csv(file, names['separator'])}")
+
+
+_NAME = r'(?:\w[\w .-]{0,60}|"\w[\w .-]{0,60}")'
+_HEADER = re.compile(rf"{_NAME}(?:(?P<separator>[,;\t]){_NAME}(?:(?P=separator){_NAME})*)?")
+_LONE = ("text", "prompt")
+_HEAD_BYTES = 4096
+
+
+def _from_csv(file: Path, separator: str | None = None) -> str:
+    """Say how CSV becomes JSON Lines: every value a string, none of them taken for a number or for nothing."""
+    sep = separator or _SEPARATORS.get(file.suffix, ",")
+    how = f"{'' if sep == ',' else f'sep={sep!r}, '}dtype=str, keep_default_na=False"
+    lines = str(file.with_name(f"{file.stem}-lines.jsonl"))
+    read = f"pandas.read_csv({str(file)!r}, {how})"
+    write = f"to_json({lines!r}, orient='records', lines=True, force_ascii=False)"
+    return f'Make lines of it: python -c "import pandas; {read}.{write}"'
 
 
 def _parse(line: bytes) -> tuple[object, str | None]:
@@ -186,6 +227,7 @@ def _load_array(file: Path) -> object:
     with _named(file, "JSON"):
         data = file.read_bytes()
     _refuse_empty(len(data.strip()), file)
+    _refuse_csv(file, data[:_HEAD_BYTES])
     try:
         return _loads(data.decode("utf-8"))
     except UnicodeDecodeError as error:

@@ -19,7 +19,7 @@ class RuleResult:
     column: str | None = None
     unexpected_count: int | None = None
     total: int | None = None
-    rows: tuple[int, ...] = ()  # 1-based, as an editor shows the source; the first five
+    rows: tuple[int | str, ...] = ()  # the first five: 1-based lines, as an editor shows the source, or `part-2.jsonl:17`
     example: str | None = None
     observed: object = None
     unit: str = "rows"  # what is counted
@@ -31,6 +31,11 @@ class RuleResult:
             return str(self.observed)
         share = f"{self.unexpected_count / self.total:.2%}" if self.total else "all"
         return f"{self.unexpected_count:,} of {self.total:,} {self.unit} ({share})"
+
+    def where(self) -> str:
+        """Say where the first rows stand."""
+        named = ", ".join(map(str, self.rows))
+        return f"lines {named}" if isinstance(self.rows[0], int) else named
 
 
 @dataclass(frozen=True)
@@ -93,7 +98,7 @@ class Verdict:
         lines += [self.aside()] if self.n_set_aside else []
         lines += [f"Loosened by the profile: {', '.join(self.loosened)}."] if self.loosened else []
         for result in found:
-            where = f", lines {', '.join(str(row) for row in result.rows)}" if result.rows else ""
+            where = f", {result.where()}" if result.rows else ""
             decides = f"; {result.limit}" if result.limit and result.status != "PASS" else ""
             lines += [f"  {result.status}  {result.rule}: {result.finding()}{where}{decides}"]
             lines += [f"        e.g. {result.example}"] if result.example else []

@@ -107,7 +107,8 @@ def hold_to_contract(
     """
     from data_contracts.canonical import RowsFile
     from data_contracts.contract import ContractInvalid, contract_for
-    from data_contracts.quarantine import FILE, HeldOut, judge_source
+    from data_contracts.held_out import HeldOut
+    from data_contracts.quarantine import FILE, judge_source
     from data_contracts.rows import RowsRefused
     from data_contracts.snapshot import judge_drift, split_limits
 

@@ -301,7 +301,7 @@ SCHEMA = {
         LM, "turns", chat(user(Q), assistant("…"), {"role": "function", "content": "1"}, assistant(R)), "'function'"
     ),
     "role developer": unread(LM, "conversational", chat(user(Q), {"role": "developer", "content": R}), "'developer'"),
-    "message with a weight": unread(LM, "conversational", chat(user(Q), assistant(R) | {"weight": 0}), "weight is not a"),
+    "message with a weight": unread(LM, "conversational", chat(user(Q), assistant(R) | {"weight": 0}), "TRL knows no weights"),
     "message with from and value": unread(LM, "conversational", chat(turn("human", Q), turn("gpt", R)), "is missing"),
     # further columns
     "extra column of another type": unread(PROMPTS, "standard", {"day": "7"}, "'day' is str here and int in line 1"),
@@ -562,7 +562,6 @@ CALLS = {
         LM, "tools", chat(user(Q) | {"tool_calls": calls("menu", {})["tool_calls"]}), "only the assistant"
     ),
     "calls none and no content": unread(LM, "tools", chat(user(Q), {"role": "assistant"}), "neither content nor"),
-    "calls an empty list": unread(LM, "tools", chat(user(Q), assistant(R) | {"tool_calls": []}), "tool_calls"),
     "calls cut off in a string": unread(
         LM, "tools", chat(user(Q), {"role": "assistant", "tool_calls": '[{"type'}), "tool_calls"
     ),
@@ -598,6 +597,10 @@ def _contradict(rows: list[Row]) -> None:
 PAIRS = {
     "tie": breaks(PREF, "standard", {"rejected": R}, "tie"),
     "tie but for white space around it": breaks(PREF, "standard", {"rejected": f"\n {R} \n"}, "tie"),
+    "tie but for white space in it": breaks(PREF, "standard", {"rejected": R.replace(" ", "\n\u3000 ")}, "tie"),
+    "tie but for white space in conversations": breaks(
+        PREF, "conversational", {"rejected": [assistant(R.replace(" on", "\ton"))]}, "tie"
+    ),
     "tie of conversations": breaks(PREF, "conversational", {"rejected": [assistant(R)]}, "tie"),
     "tie with an implicit prompt": breaks(PREF, "implicit", {"rejected": [user(Q), assistant(R)]}, "tie"),
     "tie of the same call": breaks(PREF, "tools", {"rejected": [calls("menu", {"day": 18})]}, "tie"),
@@ -687,7 +690,7 @@ LAYOUT = {
     ),
     "ShareGPT value null": unread(LM, "sharegpt", {"conversations": [turn("human", Q), turn("gpt", None)]}, "not null"),
     "ShareGPT turn with a weight": unread(
-        LM, "sharegpt", {"conversations": [turn("human", Q), turn("gpt", R) | {"weight": 1}]}, "weight is not a"
+        LM, "sharegpt", {"conversations": [turn("human", Q), turn("gpt", R) | {"weight": 1}]}, "TRL knows no weights"
     ),
     "ShareGPT turns none": unread(PC, "sharegpt", {"conversations": []}, "conversations is empty"),
     "ShareGPT turns called messages": unread(

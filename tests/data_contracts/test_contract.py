@@ -6,7 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from data_contracts.contract import ContractInvalid, contract_for, judge
-from data_contracts.facts import fact_columns, facts, prompt_hashes
+from data_contracts.facts import fact_columns, facts
+from data_contracts.held_out import HeldOut
 from data_contracts.kinds import KINDS
 from data_contracts.rows import read_rows
 
@@ -89,7 +90,7 @@ def test_verdict_on_one_defect_names_its_rule_and_line(kind, change, rule, clean
 
 def test_verdict_on_an_overlap_is_refused_and_on_none_known_warned(clean_rows, write_rows, verdict_of):
     rows = clean_rows("prompt_only", "standard", 10)
-    held_out = prompt_hashes(read_rows(write_rows([{"prompt": "say 6", "answer": "6"}]), "eval"), "eval")
+    held_out = HeldOut.of(read_rows(write_rows([{"prompt": "say 6", "answer": "6"}]), "eval"), "eval").prompts
     [overlap] = verdict_of(rows, "prompt_only", held_out=held_out).failures()
     assert (overlap.rule, overlap.rows) == ("prompt_only-overlap-eval", (7,))
     unknown = verdict_of(rows, "prompt_only")

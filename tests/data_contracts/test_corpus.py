@@ -3,10 +3,14 @@
 import datetime
 import gzip
 import json
+import re
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -15,8 +19,9 @@ from hypothesis import strategies as st
 
 from data_contracts.contract import contract_for
 from data_contracts.facts import facts
+from data_contracts.held_out import HeldOut
 from data_contracts.kinds import KINDS
-from data_contracts.quarantine import HeldOut, Judged, judge_source
+from data_contracts.quarantine import Judged, judge_source
 from data_contracts.rows import RowsRefused, read_rows
 from tests.data_contracts.corpus import DEFECTS, EXAM, LAYOUTS, ROWS, TOOLS, WARNED, Defect, calls, clean, known
 
@@ -120,8 +125,13 @@ FILES = {
     "gzip by another name in Parquet": ("rows.parquet", gzip.compress(GOOD), 1, "no readable Parquet"),
     "gzip by its name": ("rows.jsonl.gz", gzip.compress(GOOD), 1, "a .gz file is not read"),
     "CSV by its name": ("rows.csv", b"text\na\n", 1, "a .csv file is not read"),
-    "CSV by another name": ("rows.jsonl", b"text\na\n", 1, "invalid JSON"),
+    "CSV by another name": ("rows.jsonl", b"text\na\n", 1, "looks like CSV"),
+    "CSV by the name of an array": ("rows.json", b"\xef\xbb\xbfprompt;completion\r\na;b\r\n", 1, "looks like CSV"),
+    "CSV in quotes": ("rows.jsonl", b'"prompt","completion"\n"a, b","c"\n', 1, "looks like CSV"),
+    "lines below a word": ("rows.jsonl", b"text\n" + GOOD, 1, "invalid JSON"),
     "lines by the name of an array": ("rows.json", GOOD, 2, "name the file .jsonl"),
+    "array by the name of lines": ("rows.jsonl", b'[{"text": "a"},\n{"text": "b"}]', 1, "Name the file .json"),
+    "array in a line": ("rows.jsonl", b'[{"text": "a"}, {"text": "b"}]\n', 1, "Name the file .json"),
     "lines by the name of Parquet": ("rows.parquet", GOOD, 1, "no readable Parquet"),
     "lines by the name of Arrow": ("rows.arrow", GOOD, 1, "no readable Arrow"),
     "nothing in lines": ("rows.jsonl", b"", 1, "is empty"),
@@ -138,6 +148,19 @@ def test_corpus_file_that_is_broken_is_refused_by_line_and_reason(name, judged, 
         judged(tmp_path / file, LM, "standard")
     assert refused.value.problems[0][0] == line
     assert reason in refused.value.problems[0][1]
+
+
+@pytest.mark.parametrize(
+    ("name", "separator"), [("rows.csv", ","), ("rows.tsv", "\t"), ("rows.jsonl", ";"), ("rows.json", ",")]
+)
+def test_corpus_csv_is_read_once_converted_as_its_refusal_says(name, separator, judged, tmp_path):
+    rows = [{"prompt": f'Say {n}, please; "now"\tor never', "completion": f"{n}" if n else "NA"} for n in range(ROWS)]
+    pd.DataFrame(rows).to_csv(tmp_path / name, sep=separator, index=False)
+    with pytest.raises(RowsRefused) as refused:
+        judged(tmp_path / name, PC, "standard")
+    command = re.search(r'python -c "(.*)"', refused.value.problems[0][1])[1]
+    subprocess.run([sys.executable, "-c", command], check=True)
+    assert read_rows(tmp_path / "rows-lines.jsonl", PC).drop(["row"]).to_pylist() == rows
 
 
 def table_of(kind: str, form: str, change: Callable[[list[dict]], object] = lambda rows: None) -> pa.Table:
@@ -286,7 +309,7 @@ FOLDERS = {
     "with a part of CSV": ({"a.jsonl": GOOD, "b.csv": b"text\na\n"}, 1, "b.csv, which would be left out"),
     "with a folder of more": ({"a.jsonl": GOOD, "more/b.jsonl": GOOD}, 1, "more, which would be left out"),
     "with a folder by a file's name": ({"a.jsonl": GOOD, "b.jsonl/part-0": GOOD}, 1, "b.jsonl, which would be left out"),
-    "with a bad row in its second part": ({"a.jsonl": GOOD, "b.jsonl": with_line(b"{}")}, ROWS + 7, "b.jsonl line 7: "),
+    "with a bad row in its second part": ({"a.jsonl": GOOD, "b.jsonl": with_line(b"{}")}, ROWS + 7, "  b.jsonl:7: "),
     "of several splits": ({"dataset_dict.json": b'{"splits": ["train", "test"]}'}, 1, "train, test"),
     "of splits that are none": ({"dataset_dict.json": b"[]"}, 1, "dataset_dict.json is not what"),
     "saved and cut off": ({"state.json": b"{"}, 1, "state.json is not what"),
@@ -308,8 +331,8 @@ def test_corpus_folder_with_one_defect_is_refused_by_line_and_reason(name, judge
     files, line, reason = FOLDERS[name]
     with pytest.raises(RowsRefused) as refused:
         judged(write_folder(files, tmp_path / "rows"), LM, "standard")
-    [(told_line, told)] = refused.value.problems
-    assert told_line == line and reason in told
+    [(told_line, _)] = refused.value.problems
+    assert told_line == line and reason in str(refused.value)
 
 
 def test_corpus_link_to_nowhere_in_a_folder_is_refused(judged, tmp_path):

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_contracts.facts import fact_columns, facts, prompt_hashes, prompt_passages
+from data_contracts.facts import fact_columns, facts
+from data_contracts.held_out import HeldOut
 from data_contracts.kinds import KINDS
 from data_contracts.rows import read_rows
 
@@ -122,11 +123,11 @@ def test_prompt_hash_is_the_same_for_every_way_to_ask(facts_of, write_rows):
     }
     hashes = [facts_of([row], kind)["prompt_hash"].iloc[0] for kind, row in ways.items()]
     assert len(set(hashes)) == 1
-    assert prompt_hashes(read_rows(write_rows([ways["eval"]]), "eval"), "eval") == set(hashes)
+    assert HeldOut.of(read_rows(write_rows([ways["eval"]]), "eval"), "eval").prompts == set(hashes)
 
 
 def test_overlap_is_found_in_the_prompt_and_in_any_user_turn(facts_of, write_rows):
-    held_out = prompt_hashes(read_rows(write_rows([{"prompt": "And 3 + 3?", "answer": "6"}]), "eval"), "eval")
+    held_out = HeldOut.of(read_rows(write_rows([{"prompt": "And 3 + 3?", "answer": "6"}]), "eval"), "eval").prompts
     rows = [
         {"messages": [user("and 3 + 3?"), assistant("6")]},
         {"messages": [user("Hello"), assistant("Hi"), user("And 3 + 3?"), assistant("6")]},
@@ -218,14 +219,14 @@ def test_facts_of_gsm8k_find_the_train_rows_that_quote_its_test_set_as_a_plain_s
     )
     own = {passage for passage, count in asked.items() if count == 1}
     quoting = [bool(thirteens(f"{line['question']}\n{line['answer']}") & own) for line in lines("train.jsonl")]
-    passages = prompt_passages(renamed("test.jsonl", "eval", "answer", "test.jsonl"), "eval")
+    passages = HeldOut.of(renamed("test.jsonl", "eval", "answer", "test.jsonl"), "eval").passages
     train = renamed("train.jsonl", "prompt_completion", "completion", "train.jsonl")
     assert facts(train, "prompt_completion", {"x"}, passages)["quotes_eval"].tolist() == quoting
     assert sum(quoting) == 4
 
 
 def test_facts_of_gsm8k_see_its_test_set_in_a_train_set_that_holds_it(renamed):
-    held_out = prompt_hashes(renamed("test.jsonl", "eval", "answer", "test.jsonl"), "eval")
+    held_out = HeldOut.of(renamed("test.jsonl", "eval", "answer", "test.jsonl"), "eval").prompts
     train = renamed("train.jsonl", "prompt_completion", "completion", "train.jsonl")
     leaked = renamed("test.jsonl", "prompt_completion", "completion", "leaked.jsonl")
     assert train.num_rows == 7473
@@ -251,7 +252,7 @@ TEMPLATE = "You are given a question about arithmetic and must answer it with on
 @pytest.fixture
 def passages(write_rows) -> frozenset[str]:
     prompts = [f"{TEMPLATE} {SHEEP}", f"{TEMPLATE} one plus one", "Say 6"]
-    return prompt_passages(read_rows(write_rows([{"prompt": p, "answer": "5"} for p in prompts]), "eval"), "eval")
+    return HeldOut.of(read_rows(write_rows([{"prompt": p, "answer": "5"} for p in prompts]), "eval"), "eval").passages
 
 
 @pytest.mark.parametrize(
@@ -298,3 +299,22 @@ def test_near_duplicates_are_rows_that_nearly_repeat_an_earlier_one_and_no_exact
     found = facts_of([{"text": text} for text in texts], "language_modeling")
     assert found["is_duplicate"].tolist() == [False, True, False, False]
     assert found["is_near_duplicate"].tolist() == [False, False, True, False]
+
+
+_SPACES = st.sampled_from(["", " ", "\n", "\t \t", "\u00a0 "])
+_WORDS = st.lists(st.sampled_from(["a", "b", "ab", "é" * 40, "x" * 31]), max_size=8)
+_REPLIES = st.builds(
+    lambda words, one, other, more: (one.join(words), other.join(words) + more),
+    _WORDS,
+    _SPACES,
+    _SPACES,
+    _SPACES | st.just(" a"),
+)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(pairs=st.lists(_REPLIES, min_size=1, max_size=30))
+def test_pair_is_a_tie_where_both_replies_have_the_same_words(pairs, write_rows):
+    rows = [{"prompt": "Say it", "chosen": one, "rejected": other} for one, other in pairs]
+    found = facts(read_rows(write_rows(rows), "preference"), "preference")
+    assert found["is_tie"].tolist() == [one.split() == other.split() for one, other in pairs]

@@ -1,6 +1,7 @@
 """Conversions rename, and refuse what they cannot say exactly."""
 
 import json
+import re
 
 import pytest
 
@@ -96,3 +97,50 @@ def test_implicit_prompt_is_what_both_sides_begin_with(chosen, rejected, num_sha
 def test_implicit_prompt_that_is_not_there_is_refused(chosen, rejected, write_rows):
     with pytest.raises(RowsRefused):
         read_one(write_rows, {"chosen": chosen, "rejected": rejected}, "preference")
+
+
+# What `ChatCompletionMessage.model_dump()` of OpenAI's SDK leaves beside role and content, and what servers like it add.
+_SDK_EMPTY = {
+    **dict.fromkeys(("refusal", "audio", "function_call", "tool_calls", "name", "weight", "reasoning_content")),
+    "annotations": [],
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "form"),
+    [("language_modeling", "conversational"), ("preference", "conversational"), ("unpaired_preference", "conversational")],
+)
+def test_keys_of_the_sdk_that_hold_nothing_make_no_difference(kind, form, write_rows, clean_rows):
+    rows = clean_rows(kind, form, 40)
+    dumped = [
+        {name: [turn | _SDK_EMPTY for turn in value] if isinstance(value, list) else value for name, value in row.items()}
+        for row in rows
+    ]
+    assert read_rows(write_rows(dumped, "dumped.jsonl"), kind).equals(read_rows(write_rows(rows), kind))
+    mixed = [one if n % 2 else other for n, (one, other) in enumerate(zip(dumped, rows, strict=True))]
+    assert read_rows(write_rows(mixed, "mixed.jsonl"), kind).equals(read_rows(write_rows(rows), kind))
+
+
+def test_empty_calls_of_a_conversation_with_tools_make_no_difference(write_rows):
+    turns = [{"role": "user", "content": "Say 6"}, {"role": "assistant", "content": "6."}]
+    rows = [{"messages": turns, "tools": []}]
+    dumped = [{"messages": [turn | _SDK_EMPTY | {"tool_calls": []} for turn in turns], "tools": []}]
+    kind = "language_modeling"
+    assert read_rows(write_rows(dumped, "dumped.jsonl"), kind).equals(read_rows(write_rows(rows), kind))
+
+
+@pytest.mark.parametrize(("key", "value"), [("refusal", "No."), ("audio", {"id": "a"}), ("annotations", [{}]), ("weight", 0)])
+def test_keys_of_the_sdk_that_hold_something_are_refused(key, value, write_rows):
+    turns = [{"role": "user", "content": "Say 6"}, {"role": "assistant", "content": "6.", key: value}]
+    with pytest.raises(RowsRefused, match=rf"messages\[1\].{key} "):
+        read_rows(write_rows([{"messages": turns}]), "language_modeling")
+
+
+@pytest.mark.parametrize(("key", "value"), [("name", "Ann"), ("weight", 1)])
+def test_refusal_of_a_name_or_weight_gives_a_conversion_whose_rows_are_read(key, value, write_rows, clean_rows):
+    rows = clean_rows("preference", "conversational", 3)
+    named = [row | {"chosen": [turn | {key: value} for turn in row["chosen"]]} for row in rows]
+    with pytest.raises(RowsRefused) as refused:
+        read_rows(write_rows(named), "preference")
+    converted = eval(re.search(r"dataset\.map\((.*)\)$", refused.value.problems[0][1])[1])
+    assert [row | converted(row) for row in named] == rows

@@ -32,8 +32,9 @@ def test_texts_that_quote_a_passage_are_those_a_plain_search_finds(prompts, arou
 
 def test_passage_is_found_wherever_it_stands_among_many_texts():
     prompt = " ".join(f"w{n}" for n in range(13))
-    texts = [f"{'x ' * n}{prompt}{' y' * (20 - n)}" if n % 2 else "x y z " * n for n in range(20)] * (words.AT_ONCE // 10)
-    assert Leaks((), passages_of([prompt])).quotes(texts) == [n % 2 == 1 for n in range(20)] * (words.AT_ONCE // 10)
+    times = words.CHARS_AT_ONCE // 500  # some groups of texts that are looked at together
+    texts = [f"{'x ' * n}{prompt}{' y' * (20 - n)}" if n % 2 else "x y z " * n for n in range(20)] * times
+    assert Leaks((), passages_of([prompt])).quotes(texts) == [n % 2 == 1 for n in range(20)] * times
 
 
 @given(text=_TEXTS | st.text())

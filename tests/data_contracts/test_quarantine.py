@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from data_contracts.contract import ContractInvalid, contract_for
-from data_contracts.quarantine import HeldOut, Judged, judge_source
+from data_contracts.held_out import HeldOut
+from data_contracts.quarantine import Judged, judge_source
 from data_contracts.rows import RowsRefused
 
 HELD_OUT = HeldOut(frozenset({"another prompt"}), frozenset())
@@ -24,10 +25,11 @@ def rows(clean_rows) -> list[dict]:
 
 @pytest.fixture
 def judged(write_rows, tmp_path: Path):
-    def judge(rows: list[dict], **limits: float) -> tuple[Judged, list[dict]]:
+    def judge(rows: list[dict] | Path, **limits: float) -> tuple[Judged, list[dict]]:
         file = tmp_path / "quarantine.jsonl"
         contract, output = contract_for("preference").with_limits(limits), tmp_path / "rows.parquet"
-        result = judge_source(write_rows(rows), contract, HELD_OUT, {}, file, output)
+        source = rows if isinstance(rows, Path) else write_rows(rows)
+        result = judge_source(source, contract, HELD_OUT, {}, file, output)
         return result, [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
 
     return judge
@@ -65,6 +67,27 @@ def test_without_leave_a_row_of_another_kind_refuses_the_source_and_is_written_d
     assert json.loads(written)["line"] == NO_TEXT + 1
 
 
+@pytest.mark.parametrize("share", [0.0, 0.3], ids=["refused", "allowed"])
+def test_bad_rows_of_a_folder_are_told_with_their_file_and_its_line(share, rows, judged, write_rows, tmp_path):
+    rows[NO_TEXT]["chosen"] = " 5."
+    write_rows(rows[:4], "set/part-1.jsonl")
+    folder = write_rows(rows[4:], "set/part-2.jsonl").parent
+    result, written = judged(folder, quarantine_ratio_max=share)
+    assert [(row["file"], row["line"]) for row in written] == [("part-1.jsonl", TIE + 1), ("part-2.jsonl", EMPTY - 3)]
+    verdict = result.verdict
+    for text in (verdict.to_text(), verdict.to_markdown(), verdict.to_html("x")):
+        assert "part-2.jsonl:5" in text
+    assert "lines part" not in verdict.to_text()
+
+
+def test_bad_rows_of_a_folder_that_is_refused_are_written_with_their_file(rows, judged, write_rows, tmp_path):
+    write_rows(rows[:4], "set/part-1.jsonl")
+    with pytest.raises(RowsRefused, match="part-2.jsonl:2: "):
+        judged(write_rows(rows[4:], "set/part-2.jsonl").parent)
+    (written,) = map(json.loads, (tmp_path / "quarantine.jsonl").read_text().splitlines())
+    assert (written["file"], written["line"]) == ("part-2.jsonl", NO_TEXT - 3)
+
+
 def test_source_without_a_good_row_is_refused_whatever_is_allowed(judged):
     with pytest.raises(RowsRefused):
         judged([{"prompt": "a", "chosen": 1, "rejected": "c"}] * 3, quarantine_ratio_max=1.0)
@@ -86,6 +109,16 @@ def test_verdict_says_in_every_form_that_rows_were_set_aside(rows, judged):
     verdict = judged(rows, quarantine_ratio_max=0.3)[0].verdict
     for text in (verdict.to_text(), verdict.to_markdown(), verdict.to_html("x")):
         assert "3 bad rows were set aside" in text
+
+
+def test_rows_that_differ_only_in_their_bad_values_are_one_reason_with_a_count(clean_rows, judged):
+    rows = clean_rows("preference", "standard", 20)
+    for n, row in enumerate(rows[:9]):
+        row["chosen"] = n + 0.5
+    rows[9]["rejected"] = ["a", "list"]
+    verdict = judged(rows, quarantine_ratio_max=0.6)[0].verdict
+    [set_aside] = [it for it in verdict.results if it.rule == "preference-quarantine"]
+    assert set_aside.example.startswith("e.g. chosen must be a string, not float 0.5 ×9; rejected must be a string")
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.1, True])

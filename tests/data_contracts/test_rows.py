@@ -148,7 +148,17 @@ def test_rows_refused_from_a_folder_name_the_file_and_its_line(write_rows, clean
     with pytest.raises(RowsRefused) as refused:
         read_rows(folder, "eval")
     assert refused.value.problems[0][0] == 7  # of the folder
-    assert "part-2.jsonl line 3" in refused.value.problems[0][1]
+    assert "  part-2.jsonl:3: answer must be" in str(refused.value)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json"])
+def test_rows_that_are_not_as_those_of_another_file_name_both(suffix, write_rows, clean_rows):
+    write_rows(clean_rows("eval", "standard", 3), f"folder/part-1{suffix}")
+    folder = write_rows(clean_rows("eval", "conversational", 2), f"folder/part-2{suffix}").parent
+    with pytest.raises(RowsRefused) as refused:
+        read_rows(folder, "eval")
+    one, two = f"part-1{suffix}", f"part-2{suffix}"
+    assert f"  {two}:1, {two}:2: conversational, but {one}:1 is standard" in str(refused.value)
 
 
 def test_rows_with_many_defects_are_all_counted_and_a_thousand_kept(write_rows):
@@ -168,6 +178,19 @@ def test_rows_refused_is_told_with_file_kind_count_lines_and_reason(write_rows, 
     told = str(refused.value)
     assert all(word in told for word in (str(path), "language_modeling", "2 problems", "line 3, 6", "text", "null"))
     assert str(pickle.loads(pickle.dumps(refused.value))) == told  # it crosses processes whole
+
+
+def test_rows_refused_for_many_values_of_one_sort_are_told_in_one_line(tmp_path):
+    bad = [{"text": f"{n}", "label": n} if n % 3 else {"text": n} for n in range(500)]
+    lines = [b"\xe9" * (n % 2) + json.dumps(row).encode() + b"}" * (n % 5 == 0) for n, row in enumerate(bad)]
+    (tmp_path / "rows.jsonl").write_bytes(b"\n".join(lines))
+    with pytest.raises(RowsRefused) as refused:
+        read_rows(tmp_path / "rows.jsonl", "language_modeling")
+    told = str(refused.value).splitlines()
+    # bytes that are no UTF-8, columns that are too many, texts that are numbers, JSON with one brace too many
+    assert len(told[1:-1]) == 4 and "more reasons" not in str(refused.value)
+    [numbers] = [line for line in told if "must be a string" in line]
+    assert "line 7, 13, 19, 25, 37 and 62 more: e.g. text must be a string, not int 6" in numbers
 
 
 @pytest.mark.parametrize(
