@@ -7,8 +7,8 @@
 
 Every run goes to its end, with the governor off; then the quickstart's drift block judges the recorded series step by step, as
 it would have live. Each collapse has an honest cause that is there from the first step, so the delay is the step of the halt.
-`damaged` is the first log step at which the moving average of the held-out reward has lost half of its start: a halt before it
-came in time.
+`damaged` is the first log step at which the moving average of the held-out reward is below half of where healthy runs begin: a
+halt before it came in time.
 """
 
 import argparse
@@ -182,15 +182,18 @@ def record(folder: Path, runs: list[dict[str, Any]]) -> None:
 
 
 def table(runs: list[dict[str, Any]]) -> None:
-    """Print a line per cause: the step of the halt by the quickstart's corridors and by the defaults, what saw it, the damage."""
+    """Print a line per cause: where the corridors of the quickstart and the defaults halt it, by what, and the damage."""
     quickstart, defaults = load("quickstart").drift.model_dump(), Drift().model_dump()
     print("\n| cause | runs | halted | by | at step | by the defaults | damaged at step |\n|---|---|---|---|---|---|---|")
+    first = [run["series"]["canary/reward"][0][1] for run in runs if run["cause"] == HEALTHY.name]
+    half = statistics.median(first) / 2 if first else 0.0
     for cause in dict.fromkeys(run["cause"] for run in runs):
         own = [run for run in runs if run["cause"] == cause]
         halts, others = ([halt_of(run["series"], drift) for run in own] for drift in (quickstart, defaults))
         by = ", ".join(sorted({f"`{halt.signal}` ({halt.detector})" for halt in halts if halt}))
+        damage = ", ".join(str(damaged(run["series"], half)) for run in own) if cause != HEALTHY.name else ""
         halted = f"{sum(halt is not None for halt in halts)}"
-        print(f"| {cause} | {len(own)} | {halted} | {by} | {steps(halts)} | {steps(others)} | {damage(own)} |")
+        print(f"| {cause} | {len(own)} | {halted} | {by} | {steps(halts)} | {steps(others)} | {damage} |")
     healthy = [run["series"] for run in runs if run["cause"] == HEALTHY.name]
     warned = {name: sum(bool(replay(series, drift)) for series in healthy) for name, drift in
               (("the quickstart's corridors", quickstart), ("the defaults", defaults))}  # fmt: skip
@@ -205,19 +208,11 @@ def steps(halts: list[Finding | None]) -> str:
     return "none" if not any(halts) else ", ".join(str(halt.step) if halt else "none" for halt in halts)
 
 
-def damage(runs: list[dict[str, Any]]) -> str:
-    found = [damaged(run["series"]) for run in runs]
-    return "never" if not any(found) else ", ".join(str(step) if step else "never" for step in found)
-
-
-def damaged(series: Series) -> int | None:
-    """Return the first log step at which the held-out reward's moving average is below half of its first steps' median."""
+def damaged(series: Series, half: float) -> int | str:
+    """Return the first log step at which the held-out reward's moving average is below `half`, or `never`."""
     points = series.get("canary/reward", [])
     averages = smoothed([value for _, value in points], 0.3)
-    if len(points) < 3:
-        return None
-    half = statistics.median(value for _, value in points[:3]) / 2
-    return next((step for (step, _), average in zip(points, averages, strict=True) if average < half), None)
+    return next((step for (step, _), average in zip(points, averages, strict=True) if average < half), "never")
 
 
 if __name__ == "__main__":

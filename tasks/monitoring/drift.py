@@ -15,7 +15,7 @@ from statistics import median
 from typing import Any
 
 Series = dict[str, list[tuple[int, float]]]
-ALWAYS = ("loss", "reward", "kl", "entropy", "grad_norm")  # must be finite, whatever corridors there are
+ALWAYS = ("loss", "reward", "kl", "entropy", "grad_norm", "canary/kl")  # must be finite, whatever corridors there are
 HALT, WARN = "halt", "warn"
 FAR = 100.0  # how many times a limit a signal below it is said to be away, at most
 FINDINGS = "findings"  # beside the metrics of a log line

@@ -224,13 +224,9 @@ def test_run_killed_after_a_warning_is_swept_and_keeps_it(first, home):
         assert process.poll() is None and time.monotonic() < end
         time.sleep(0.2)
     time.sleep(4)  # the pipeline hands findings over once a second
-    for pid in subprocess.run(["pgrep", "-f", str(home.folder)], capture_output=True, text=True).stdout.split():
-        os.kill(int(pid), signal.SIGKILL)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    swept = subprocess.run([POSTTRAIN, "sweep"], env=home.env, capture_output=True, text=True)
     folder = max(set(runs.iterdir()) - known)
-    assert folder.name in swept.stdout, swept.stderr
+    os.kill(json.loads((folder / "process.json").read_text())["pid"], signal.SIGKILL)
+    assert process.wait(timeout=60) != 0  # the command that started it ends what is left, and sweeps
     stage = home.mlflow(
         "select run_uuid, status from runs where run_uuid in (select run_uuid from tags where key='run_id' and value=?) "
         "and run_uuid in (select run_uuid from tags where key='stage' and value='grpo')", folder.name,

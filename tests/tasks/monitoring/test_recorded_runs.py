@@ -44,7 +44,7 @@ def test_collapses_cover_each_way_to_fail():
     seen = {(halt.signal, halt.detector) for run in recorded("collapsed") for halt in every_halt(run)}
     expected = {
         ("entropy", "level"), ("kl", "level"), ("canary/reward", "reward_hacking"), ("frac_reward_zero_std", "level"),
-        ("completions/clipped_ratio", "level"), ("kl", "not_finite"),
+        ("completions/clipped_ratio", "level"), ("canary/kl", "not_finite"),
     }  # fmt: skip
     assert expected <= seen
 
