@@ -67,6 +67,9 @@ def show_summary(summary: dict[str, Any]) -> None:
         table.add_row(*cells)
     console.print()
     console.print(table)
+    for record in summary["stages"]:
+        for note in record["notes"]:
+            console.print(f"[yellow]{record['stage']}: {escape(note)}[/]", highlight=False, soft_wrap=True)
     for metric, models in summary["metrics"].items():
         console.print(f"\n{metric} on held-out rows, 95 % intervals")
         console.print(
