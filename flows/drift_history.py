@@ -9,7 +9,7 @@ from typing import Any
 from profiles.schema import Drift
 from tasks.errors import ProfileError
 from tasks.monitoring import mlflow_runs
-from tasks.monitoring.drift import Finding, Series, replay
+from tasks.monitoring.drift import Finding, Series, add_point, replay
 from tasks.retrains import SIGNALS
 
 BLOCKS = "▁▂▃▄▅▆▇█"
@@ -80,7 +80,7 @@ def _by_name(lines: list[dict[str, Any]]) -> Series:
     for line in lines:
         for name, value in line.get("metrics", line).items():
             if isinstance(value, int | float) and name not in ("step", "max_steps", "time"):
-                series.setdefault(name, []).append((int(line["step"]), float(value)))
+                add_point(series.setdefault(name, []), int(line["step"]), float(value))
     return series
 
 

@@ -123,13 +123,13 @@ def skipped(run: PipelineRun, by_stage: dict[str, StageRecord]) -> list[StageRec
     return [StageRecord(s, "skipped", reason=reasons.get(s) or late) for s in stages if s not in by_stage]
 
 
-def gate_candidate(run: PipelineRun, policy: Artifact, evaluation: Artifact, held_out: Artifact) -> None:
+def gate_candidate(run: PipelineRun, policy: Artifact, evaluation: Artifact) -> None:
     """Judge the policy on the evaluation's scores and against the last accepted ones; raises GateFailed with every reason."""
     metric = run.profile.recipe.evaluate.metric
     scores = read_scores(evaluation / "samples.jsonl")
     verdict = gates.judge(scores, run.profile.gates, metric)
     canaries = {name: v for name, v in (policy.metrics | evaluation.metrics).items() if name in retrains.SIGNALS}
-    key = retrains.canary_key(run.profile, held_out)
+    key = policy.details.get("canaries", "")
     drifted = retrains.compare(canaries, retrains.past_canaries(run.profile, policy, key), run.profile.drift.between_runs)
     write_json(run.folder / "retrain.json", {"canaries": canaries, "drifted": [asdict(d) for d in drifted]})
     retrains.leave_canaries(run, policy, key, canaries)

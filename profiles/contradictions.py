@@ -113,12 +113,12 @@ def _drift(profile: Profile) -> Iterator[str]:
             f"{' at beta 0.0' if isinstance(policy, Grpo) else ''}: nothing measures drift.signals.kl. Set num_prompts > 0, or "
             "drift.signals.kl: null."
         )
-    blind = drift.canaries.num_prompts == 0 or metric != "accuracy"
+    blind = drift.canaries.num_prompts == 0 or metric != "accuracy" or not isinstance(policy, Grpo)
     if "reward_hacking" in drift.model_fields_set and drift.reward_hacking and blind:
         yield (
             f"drift.reward_hacking is set but drift.canaries.num_prompts is {drift.canaries.num_prompts} and "
-            f"recipe.evaluate.metric {metric!r}: there is no held-out reward. Set num_prompts > 0 with metric accuracy, or "
-            "drift.reward_hacking: null."
+            f"recipe.evaluate.metric {metric!r} with method {policy.method!r}: there is no training or no "
+            "held-out reward. Set num_prompts > 0 with metric accuracy and method grpo, or drift.reward_hacking: null."
         )
     yield from _on_halt(profile)
 

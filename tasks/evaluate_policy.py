@@ -36,6 +36,7 @@ def evaluate_stage(
     recipe = profile.recipe
     given = {"base_model": base, "sft": sft, "policy": policy, "rows": rows, "champion": champion}
     inputs = {name: artifact for name, artifact in given.items() if artifact is not None}
-    canaries = {"canaries": judge(profile)["canaries"]} if champion else {}
+    asked = judge(profile, rows)["canaries"]
+    canaries = {"canaries": {name: asked[name] for name in ("num_prompts", "max_new_tokens", "batch_size")}} if champion else {}
     config = with_model(recipe, base, **recipe.evaluate.model_dump(), **canaries)
     return Stage("evaluate", "tasks.jobs.evaluate", config, inputs, recipe.seed)

@@ -19,7 +19,7 @@ from tasks.job_order import JobOrder
 from tasks.launch import launch
 from tasks.local_job import MetricsReader
 from tasks.monitoring import curves, mlflow_runs
-from tasks.monitoring.drift import FINDINGS, Series
+from tasks.monitoring.drift import ALWAYS, FINDINGS, series_of
 from tasks.monitoring.metrics import key_metric
 from tasks.pipeline_run import PipelineRun
 
@@ -35,8 +35,12 @@ def follow_job(run: PipelineRun, order: JobOrder, inputs: dict[str, Artifact]) -
     try:
         artifact = launch(order, inputs, run.store, listener.hear, run.stop)
     except DriftHalted as halt:
-        picture = draw(run.work(order.stage), order)
-        listener.end()
+        picture = "not drawn"
+        try:
+            listener.end()
+            picture = draw(run.work(order.stage), order)
+        except Exception as error:  # a server that is away must not turn a halt into something else
+            log.warning("the halt is not everywhere yet: %s: %s", type(error).__name__, error)
         raise DriftHalted(f"{halt}\nCurves: {picture}", halt.last_good) from None
     listener.end()
     if order.drift:
@@ -76,18 +80,10 @@ def notes_of(artifact: Artifact) -> list[str]:
 def draw(work: Path, order: JobOrder) -> Path:
     """Draw every judged signal with its corridor, beside the job's log and in MLflow; return the picture's path."""
     picture = work / "drift.png"
-    picture.write_bytes(curves.draw(read_series(work / "metrics.jsonl"), ["reward", "canary/reward", *order.drift["signals"]]))
+    series = series_of(MetricsReader(work / "metrics.jsonl").new())
+    picture.write_bytes(curves.draw(series, ["reward", "canary/reward", *(order.drift.get("signals") or ALWAYS)]))
     mlflow_runs.log_file(order.mlflow_run_id, picture)
     return picture
-
-
-def read_series(metrics_file: Path) -> Series:
-    """Return the series of a job's metrics file."""
-    series: Series = {}
-    for line in MetricsReader(metrics_file).new():
-        for name, value in line["metrics"].items():
-            series.setdefault(name, []).append((line["step"], value))
-    return series
 
 
 class Listener:
@@ -99,10 +95,12 @@ class Listener:
         self.waiting: list[dict[str, Any]] = []
         self.curves: set[str] = set()
         self.findings: list[dict[str, Any]] = []
+        self.unsaid: list[dict[str, Any]] = []
         self.retry_at = 0.0
 
     def hear(self, lines: list[dict[str, Any]]) -> None:
         self.waiting += lines
+        self.unsaid += [finding for line in lines for finding in line.get(FINDINGS, [])]
         self.curves.update(name for line in lines for name in line["metrics"])
         for finding in (finding for line in lines for finding in line.get(FINDINGS, [])):
             log.warning("%s: %s", self.order.stage, finding["text"])
@@ -122,19 +120,19 @@ class Listener:
 
     def _hand_over(self) -> None:
         mlflow_runs.log_points(self.order.mlflow_run_id, self.waiting)
-        found = [finding for line in self.waiting for finding in line.get(FINDINGS, [])]
         self.waiting = []
-        if found:
-            self.findings += found
-            self._announce(found)
+        if self.unsaid:
+            self._announce()
+            self.unsaid = []
 
-    def _announce(self, found: list[dict[str, Any]]) -> None:
+    def _announce(self) -> None:
         """Make of each finding an event that an automation can listen to; all of them so far are a table on the run's page."""
         stage = self.order.stage
+        self.findings += [finding for finding in self.unsaid if finding not in self.findings]
         signals = ", ".join(dict.fromkeys(finding["signal"] for finding in self.findings))
         mlflow_runs.set_tags(self.order.mlflow_run_id, {"drift.warned": signals})
         resource = {"prefect.resource.id": f"posttrain.{self.profile}.{stage}", "prefect.resource.name": stage}
-        for finding in found:
+        for finding in self.unsaid:
             name = "posttrain.drift.halted" if finding["severity"] == "halt" else "posttrain.drift.warned"
             emit_event(name, resource, payload=finding | {"mlflow_run_id": self.order.mlflow_run_id})
         head = "| step | signal | | what |\n|---|---|---|---|\n"

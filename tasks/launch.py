@@ -56,7 +56,9 @@ def build_here(
             inputs=inputs, output=staged, work=work_folder(order), checkpoints=checkpoints,
         )  # fmt: skip
         result = run_governed(spec, order.placement, on_metrics, stop, lock)
-        details = result.details | ({"judged_by": fingerprint(order.drift)} if order.drift else {})
+        details = result.details | (
+            {"judged_by": fingerprint(order.drift), "canaries": order.drift["canaries"]["key"]} if order.drift else {}
+        )
         built = Artifact(
             order.stage, str(staged), order.fingerprint, "", result.metrics, details, order.mlflow_run_id,
             round(time.monotonic() - start, 2),

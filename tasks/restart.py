@@ -46,5 +46,8 @@ def restarted(spec: JobSpec, last_good: dict[str, Any], number: int) -> JobSpec:
     args["max_steps"] = last_good["left"]
     os.replace(spec.result_file, spec.result_file.with_name(f"result.halted-{number}.json"))
     update = {"config": spec.config | {"args": args}, "seed": spec.seed + 1, "first_step": last_good["step"]}
-    update |= {"start_from": spec.checkpoints / last_good["checkpoint"], "checkpoints": spec.checkpoints / f"retry-{number}"}
+    update |= {
+        "start_from": spec.checkpoints / last_good["checkpoint"],
+        "checkpoints": spec.checkpoints / f"retry-{number}-from-{last_good['step']}",
+    }
     return spec.model_copy(update=update)

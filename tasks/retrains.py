@@ -7,7 +7,6 @@ from typing import Any
 from profiles.drift import BetweenRuns
 from profiles.schema import Profile
 from tasks.artifacts import Artifact
-from tasks.fingerprints import fingerprint
 from tasks.monitoring import mlflow_runs
 from tasks.pipeline_run import PipelineRun
 
@@ -22,21 +21,16 @@ class Drifted:
     text: str
 
 
-def canary_key(profile: Profile, held_out: Artifact) -> str:
-    """Return what two runs must have in common for their canaries to be comparable: prompts, scorer, length."""
-    settings = profile.drift.canaries
-    asked = {"rows": held_out.digest, "num_prompts": settings.num_prompts, "scorer": profile.recipe.evaluate.scorer}
-    return fingerprint(asked | {"max_new_tokens": settings.max_new_tokens or profile.recipe.evaluate.max_new_tokens})
-
-
 def find_champion(profile: Profile, store: Any, policy: Artifact, base: Artifact) -> Artifact | None:
     """Return the newest accepted policy of the profile that is another one, on the same base, and still in the store."""
     if not profile.drift.canaries.num_prompts:
         return None
-    for past in mlflow_runs.accepted_runs(profile.name, 50):
-        stage, key = past["tags"].get("policy.stage", ""), past["tags"].get("policy.fingerprint", "")
-        if key == policy.fingerprint:
+    seen: set[str] = set()
+    for tags in (past["tags"] for past in _others(profile, policy)):
+        stage, key = tags["policy.stage"], tags["policy.fingerprint"]
+        if key in seen:
             continue
+        seen.add(key)
         identity = store.identity(stage, key) or {}
         if identity.get("inputs", {}).get("base_model") == base.digest and (found := store.find(stage, key)):
             return found
@@ -46,11 +40,14 @@ def find_champion(profile: Profile, store: Any, policy: Artifact, base: Artifact
 def past_canaries(profile: Profile, policy: Artifact, key: str) -> list[dict[str, float]]:
     """Return the canaries' values of the last accepted other policies, the newest first."""
     found: dict[str, dict[str, float]] = {}
-    for past in mlflow_runs.accepted_runs(profile.name, 50):
-        tags = past["tags"]
-        if tags.get("canaries") == key and tags.get("policy.fingerprint") != policy.fingerprint:
-            found.setdefault(tags["policy.fingerprint"], past["metrics"])
+    for past in _others(profile, policy):
+        if past["tags"].get("canaries") == key:
+            found.setdefault(past["tags"]["policy.fingerprint"], past["metrics"])
     return list(found.values())[: profile.drift.between_runs.last]
+
+
+def _others(profile: Profile, policy: Artifact) -> list[dict[str, Any]]:
+    return mlflow_runs.accepted_runs(profile.name, but=policy.fingerprint)
 
 
 def compare(new: dict[str, float], past: list[dict[str, float]], limits: BetweenRuns) -> list[Drifted]:

@@ -8,6 +8,7 @@ from prefect.cache_policies import NO_CACHE
 from profiles.schema import Profile
 from tasks.artifacts import Artifact
 from tasks.build import Stage, build
+from tasks.fingerprints import fingerprint
 from tasks.pipeline_run import PipelineRun
 from tasks.stage_config import with_model
 
@@ -44,16 +45,18 @@ def policy_stage(
     inputs = {name: artifact for name, artifact in given.items() if artifact is not None}
     config = with_model(recipe, base, **policy.model_dump(exclude={"method"}))
     return Stage(
-        policy.method, f"tasks.jobs.{policy.method}", config, inputs, recipe.seed, judged_by=judge(profile),
+        policy.method, f"tasks.jobs.{policy.method}", config, inputs, recipe.seed, judged_by=judge(profile, held_out),
         judged_on={"canaries": held_out} if profile.drift.canaries.num_prompts else {},
         judge_changes=profile.drift.on_halt != "stop",
     )  # fmt: skip
 
 
-def judge(profile: Profile) -> dict[str, Any]:
+def judge(profile: Profile, held_out: Artifact) -> dict[str, Any]:
     """Return the drift block as a job reads it: with the canaries' scorer and length from the evaluation, if not their own."""
     evaluate, drift = profile.recipe.evaluate, profile.drift.model_dump(exclude={"between_runs"})
     canaries = drift["canaries"]
     canaries["max_new_tokens"] = canaries["max_new_tokens"] or evaluate.max_new_tokens
     canaries["scorer"] = evaluate.scorer if evaluate.metric == "accuracy" else None
+    what = {name: canaries[name] for name in ("num_prompts", "max_new_tokens", "scorer")}
+    canaries["key"] = fingerprint(what | {"rows": held_out.digest})  # canaries of one key can be compared
     return drift

@@ -1,12 +1,13 @@
 """How models are asked: prompts rendered as in training, greedy or sampled replies, scored as TRL calls reward functions."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from transformers import BatchEncoding, GenerationConfig
 
 Row = dict[str, Any]
+MOST_LOGITS = 2**27
 SEED = 20240506  # of all canaries: the same draws at every measurement, so that what changes is the policy
 
 
@@ -67,6 +68,13 @@ def samples(model: Any, tokenizer: Any, prompts: list[Any], max_new_tokens: int)
     mask = (num_ends == 0) | ((num_ends == 1) & (new == eos))
     texts = tokenizer.batch_decode(new.where(mask, tokenizer.pad_token_id), skip_special_tokens=True)
     return {"ids": ids, "attention": torch.cat([inputs["attention_mask"], mask.long()], 1), "mask": mask, "texts": texts}
+
+
+def slices(model: Any, batch: Row) -> Iterator[Row]:
+    """Yield a batch in groups of rows whose log probabilities stay below half a gigabyte, one row at least."""
+    rows = max(1, MOST_LOGITS // (batch["mask"].shape[1] * model.config.vocab_size))
+    for start in range(0, len(batch["mask"]), rows):
+        yield {name: batch[name][start : start + rows] for name in ("ids", "attention", "mask")}
 
 
 def log_probabilities(model: Any, batch: dict[str, Any]) -> torch.Tensor:

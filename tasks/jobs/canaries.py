@@ -16,7 +16,7 @@ from datasets import Dataset
 from transformers import Trainer, TrainerCallback
 
 from tasks.job_spec import JobSpec
-from tasks.jobs.answers import SEED, encoded, log_probabilities, samples, scores_of
+from tasks.jobs.answers import SEED, encoded, log_probabilities, samples, scores_of, slices
 from tasks.jobs.callbacks import of_training
 from tasks.jobs.rewards import find_reward
 
@@ -74,7 +74,7 @@ class Canaries(TrainerCallback):
 
     def _metrics(self, answered: list[dict[str, Any]]) -> dict[str, float]:
         kl = entropy = tokens = 0.0
-        for batch in answered:
+        for batch in (part for whole in answered for part in slices(self.trainer.model, whole)):
             logp = log_probabilities(self.trainer.model, batch)
             with self._at_start():
                 reference = log_probabilities(self.trainer.model, batch)

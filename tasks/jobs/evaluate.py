@@ -14,7 +14,7 @@ from peft import PeftModel
 
 from tasks.job_spec import JobResult, JobSpec
 from tasks.jobs import without_vllm  # noqa: F401
-from tasks.jobs.answers import SEED, generate, log_probabilities, samples, scores_of
+from tasks.jobs.answers import SEED, generate, log_probabilities, samples, scores_of, slices
 from tasks.jobs.job import done, run
 from tasks.jobs.models import load_base, load_tokenizer, on_cpu
 from tasks.jobs.rewards import find_reward
@@ -48,12 +48,14 @@ def kl_to_champion(model: PeftModel, tokenizer: Any, data: Dataset, settings: Ro
     kl = tokens = 0.0
     for start in range(0, len(prompts), settings["batch_size"]):
         with speaking(model, "policy"):
-            batch = samples(model, tokenizer, prompts[start : start + settings["batch_size"]], settings["max_new_tokens"])
-            logp = log_probabilities(model, batch)
-        with speaking(model, "champion"):
-            other = log_probabilities(model, batch)
-        kl += (logp.exp() * (logp - other)).sum(-1)[batch["mask"]].sum().item()
-        tokens += batch["mask"].sum().item()
+            whole = samples(model, tokenizer, prompts[start : start + settings["batch_size"]], settings["max_new_tokens"])
+        for batch in slices(model, whole):
+            with speaking(model, "policy"):
+                logp = log_probabilities(model, batch)
+            with speaking(model, "champion"):
+                other = log_probabilities(model, batch)
+            kl += (logp.exp() * (logp - other)).sum(-1)[batch["mask"]].sum().item()
+            tokens += batch["mask"].sum().item()
     return kl / tokens
 
 

@@ -12,8 +12,20 @@ from transformers import Trainer, TrainerCallback
 from tasks.job_spec import JobSpec
 from tasks.jobs.callbacks import of_training
 from tasks.jobs.job import Halted
-from tasks.monitoring.drift import FINDINGS, HALT, Finding, Series, closeness, corridors, is_inside, judge, watched
+from tasks.monitoring.drift import (
+    FINDINGS,
+    HALT,
+    Finding,
+    Series,
+    add_point,
+    closeness,
+    corridors,
+    is_inside,
+    judge,
+    watched,
+)
 
+WORST = "worst_signal"
 LAST_GOOD = "last_good.json"  # in the checkpoints' folder: the newest one inside all corridors
 
 
@@ -33,11 +45,17 @@ class Governor(TrainerCallback):
         self.halt: Finding | None = None
         self.worst: tuple[float, str] = (0.0, "")
         self.findings: list[dict[str, Any]] = []
+        if spec.start_from:  # a restart is judged as the rest of the run that it goes on from
+            before = [json.loads(line) for line in spec.metrics_file.read_text().splitlines()]
+            for line in before:
+                if line["step"] <= self.first_step:
+                    self._take(line["step"] - self.first_step, line["metrics"])
 
     def on_train_begin(self, args, state, control, **kwargs):
         for logs in state.log_history:
             self._take(logs["step"], logs)
             self.findings += logs.get(FINDINGS, [])
+            self.worst = max(self.worst, (logs.get("drift/worst", 0.0), logs.get(WORST, "")))
         self.warned = {(finding["signal"], finding["detector"]) for finding in self.findings}
 
     def on_log(self, args, state, control, logs=None, **kwargs):
@@ -51,13 +69,16 @@ class Governor(TrainerCallback):
         self._note(state, logs, fresh)
         if self.halt is not None:
             control.should_training_stop = True
+            control.should_save = False  # nobody must go on from here as if nothing had been
 
     def on_save(self, args, state, control, **kwargs):
         """Mark the checkpoint that was just written as the last good one, if nothing is beyond a halt limit."""
         if self.is_main and self.halt is None and is_inside(self.series, self.drift):
             good = {"checkpoint": f"checkpoint-{state.global_step}", "step": self.first_step + state.global_step}
             good |= {"left": state.max_steps - state.global_step}
-            Path(args.output_dir, LAST_GOOD).write_text(json.dumps(good))
+            beside = Path(args.output_dir, f".{LAST_GOOD}")
+            beside.write_text(json.dumps(good))
+            beside.replace(Path(args.output_dir, LAST_GOOD))
 
     def metrics(self) -> dict[str, float]:
         """Return how near the run came to a halt limit: `drift/worst` is 1.0 on the limit."""
@@ -66,7 +87,7 @@ class Governor(TrainerCallback):
     def _take(self, step: int, logs: dict) -> None:
         for name, value in logs.items():
             if isinstance(value, int | float) and watched(name, self.drift):
-                self.series[name].append((self.first_step + step, float(value)))
+                add_point(self.series[name], self.first_step + step, float(value))
 
     def _agreed(self, findings: list[Finding]) -> list[Finding]:
         if self.num_processes == 1:
@@ -79,7 +100,7 @@ class Governor(TrainerCallback):
             self.worst = max(self.worst, (ratio, name))
         told = [finding.as_dict() for finding in fresh]
         self.findings += told
-        noted = corridors(self.series, self.drift) | {FINDINGS: told}
+        noted = corridors(self.series, self.drift) | {FINDINGS: told, "drift/worst": self.worst[0], WORST: self.worst[1]}
         logs.update(noted)
         if state.log_history:
             state.log_history[-1].update(noted)
@@ -90,7 +111,7 @@ def settle(governor: Governor, trainer: Trainer, spec: JobSpec) -> dict[str, Any
 
     With `on_halt: rollback` the policy is put back to its last good checkpoint; otherwise, or without one, raises Halted.
     """
-    told = {FINDINGS: governor.findings, "worst_signal": governor.worst[1]} if spec.drift else {}
+    told = {FINDINGS: governor.findings, WORST: governor.worst[1]} if spec.drift else {}
     if governor.halt is None:
         return told
     good = last_good(spec.checkpoints)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ def trl_args(config_class: type, spec: JobSpec, **ours: Any) -> Any:
     """Return TRL's config from the profile's `args` and what the pipeline owns: seed, folder, no reporting."""
     # TRL turns bf16 autocast on wherever a GPU is: the recipe's dtype decides, so that a fingerprint means one computation.
     defaults = {"logging_steps": 1, "save_strategy": "no", "bf16": spec.config["dtype"] == "bfloat16"}
+    defaults |= {"logging_nan_inf_filter": False}  # transformers would log a finite loss where there is none
     if on_cpu():
         defaults |= {"dataloader_pin_memory": False}
     return config_class(
@@ -84,7 +86,9 @@ def train(trainer: Trainer, spec: JobSpec, num_rows: int | None = None) -> JobRe
         raise Interrupted
     details = settle(governor, trainer, spec)
     _assert_moved(trainer.model, before)
-    metrics = final_metrics(trainer.state.log_history) | governor.metrics() | {"data/dropped_rows": float(dropped)}
+    kept = details.get("rolled_back_to", math.inf) - spec.first_step  # what was rolled back is no part of the policy
+    history = [line for line in trainer.state.log_history if line["step"] <= kept]
+    metrics = final_metrics(history) | governor.metrics() | {"data/dropped_rows": float(dropped)}
     return done(metrics, **details)
 
 

@@ -8,7 +8,7 @@ A series is a list of (step, value); `drift` is the profile's drift block as a d
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from statistics import median
@@ -49,6 +49,22 @@ class Finding:
         """Return the finding for a JSON file, which has no NaN or infinity."""
         finite = {name: v for name, v in asdict(self).items() if not isinstance(v, float) or math.isfinite(v)}
         return finite | {"text": str(self)}
+
+
+def add_point(points: list[tuple[int, float]], step: int, value: float) -> None:
+    """Append a point; a step that goes back is a restart's, and takes the place of what came after it before."""
+    while points and points[-1][0] >= step:
+        points.pop()
+    points.append((step, value))
+
+
+def series_of(lines: Iterable[dict[str, Any]]) -> Series:
+    """Return the series of a metrics file's lines, `{"step", "metrics"}` each."""
+    series: Series = {}
+    for line in lines:
+        for name, value in line["metrics"].items():
+            add_point(series.setdefault(name, []), line["step"], value)
+    return series
 
 
 def watched(name: str, drift: dict[str, Any]) -> bool:

@@ -18,6 +18,7 @@ from typing import Any
 from tasks.environment import home
 from tasks.errors import MachineUnfit, PipelineError, RunCancelled
 from tasks.interrupts import interrupts, suspension
+from tasks.monitoring.drift import add_point
 
 log = logging.getLogger("posttrain")
 BATCH = 1000  # MLflow's own limit per call
@@ -199,8 +200,11 @@ def log_dataset(run_id: str, name: str, path: str, digest: str, kind: str) -> No
 
 
 def history(run_id: str, key: str) -> list[tuple[int, float]]:
-    """Return a metric's (step, value) pairs in order."""
-    return sorted((m.step, m.value) for m in _client().get_metric_history(run_id, key))
+    """Return a metric's (step, value) pairs in order; what a restart did again takes the place of what it did before."""
+    points: list[tuple[int, float]] = []
+    for metric in sorted(_client().get_metric_history(run_id, key), key=lambda metric: (metric.timestamp, metric.step)):
+        add_point(points, metric.step, metric.value)
+    return points
 
 
 def histories(run_id: str, keys: list[str]) -> dict[str, list[tuple[int, float]]]:
@@ -214,9 +218,9 @@ def histories(run_id: str, keys: list[str]) -> dict[str, list[tuple[int, float]]
     return {key: history(run_id, key) for key in keys if key in logged}
 
 
-def accepted_runs(experiment: str, limit: int) -> list[dict[str, Any]]:
-    """Return what `pipeline_runs` does of a profile's accepted runs, the newest first."""
-    return pipeline_runs(experiment, "tags.accepted = 'true'", limit)
+def accepted_runs(experiment: str, but: str) -> list[dict[str, Any]]:
+    """Return what `pipeline_runs` does of a profile's accepted runs whose policy is another than `but`, the newest first."""
+    return pipeline_runs(experiment, f"tags.accepted = 'true' and tags.`policy.fingerprint` != '{but}'", 1000)
 
 
 def pipeline_runs(experiment: str, condition: str, limit: int) -> list[dict[str, Any]]:

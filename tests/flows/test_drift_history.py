@@ -82,6 +82,7 @@ def test_history_is_the_profiles_own_runs_the_oldest_first(tmp_path, monkeypatch
         ]
         assert [row["run"] for row in history("mine", 1)] == ["run-1"]
         assert history("nobody's", 10) == []
-        assert [past["tags"]["run_id"] for past in mlflow_runs.accepted_runs("mine", 10)] == ["run-0"]
+        assert [past["tags"]["run_id"] for past in mlflow_runs.accepted_runs("mine", but="q")] == ["run-0"]
+        assert mlflow_runs.accepted_runs("mine", but="p") == []
     finally:
         mlflow_runs._client.cache_clear()

@@ -197,3 +197,42 @@ def test_calibration_of_a_reward_model_is_zero_where_certainty_is_accuracy():
     assert fair["eval_brier"] == pytest.approx((3 * 0.25**2 + 0.75**2) / 4)
     modest = calibration(torch.tensor([sure, sure, sure, sure]))
     assert modest["eval_ece"] == pytest.approx(0.25) and modest["eval_brier"] == pytest.approx(0.25**2)
+
+
+def test_halt_at_a_step_that_saves_leaves_nothing_to_go_on_from(grpo_spec):
+    """A run started again goes on from before the halt, and halts again: it cannot slip by it."""
+    from tasks.jobs import grpo
+    from tasks.jobs.callbacks import last_saved
+    from tasks.jobs.job import Halted
+
+    job = grpo_spec(halting_late(), beta=0.0, max_steps=30, save_strategy="steps", save_steps=1)
+    with pytest.raises(Halted) as first:
+        grpo.main(job)
+    step = first.value.details["finding"]["step"]
+    assert last_saved(job.checkpoints).endswith(f"checkpoint-{step - 1}")
+    with pytest.raises(Halted) as again:
+        grpo.main(job)
+    assert again.value.details["finding"] == first.value.details["finding"]
+
+
+def test_rolled_back_policy_has_the_numbers_of_its_own_steps(grpo_spec):
+    """The mean of the last five log lines up to the step that it is put back to."""
+    from tasks.jobs import grpo
+
+    job = grpo_spec(halting_late(on_halt="rollback"), beta=0.0, max_steps=30, save_strategy="steps", save_steps=1)
+    result = grpo.main(job)
+    own = [line["canary/kl"] for line in logged(job)][: result.details["rolled_back_to"]][-5:]
+    assert result.metrics["canary/kl"] == pytest.approx(sum(own) / len(own))
+    assert result.metrics["canary/kl"] <= 0.01
+
+
+def test_loss_that_is_not_a_number_halts_any_training(spec, made):
+    """SFT has no corridors; a learning rate of 1e30 is seen at its first log line that is not finite."""
+    from tiny_recipe import LORA
+
+    from tasks.jobs import sft
+    from tasks.jobs.job import Halted
+
+    args = TRAIN | {"learning_rate": 1e30, "max_grad_norm": 0.0, "max_steps": 6}
+    with pytest.raises(Halted, match="has diverged"):
+        sft.main(spec("sft", "sft", lora=LORA, args=args))

@@ -5,7 +5,8 @@ import pytest
 from profiles.drift import BetweenRuns
 from profiles.load import load
 from tasks.artifacts import Artifact
-from tasks.retrains import canary_key, compare
+from tasks.retrains import compare
+from tasks.train_policy import judge
 
 LIMITS = BetweenRuns()  # drops of 0.05 and 0.15, ratios of 0.5 and 0.25, KL of 0.5 and 2.0
 PAST = [{"canary/reward": 0.6, "canary/entropy": 1.0}, {"canary/reward": 0.8, "canary/entropy": 0.8}, {"canary/reward": 0.7}]
@@ -44,10 +45,9 @@ def test_limit_of_null_never_refuses():
 
 
 def test_canaries_of_other_rows_scorer_or_length_are_not_comparable():
-    profile, rows = load("quickstart"), Artifact("dataset", "/rows", "a" * 12, "rows")
-    same = canary_key(profile, rows)
-    assert same == canary_key(load("quickstart", ["recipe.seed=7", "drift.canaries.every=3"]), rows)
+    def key(rows: str, *overrides: str) -> str:
+        return judge(load("quickstart", list(overrides)), Artifact("dataset", "/rows", "a" * 12, rows))["canaries"]["key"]
+
+    assert key("rows") == key("rows", "recipe.seed=7", "drift.canaries.every=3")
     changed = ["drift.canaries.num_prompts=8", "drift.canaries.max_new_tokens=5", "recipe.evaluate.scorer=near_answer"]
-    keys = {canary_key(load("quickstart", [change]), rows) for change in changed}
-    keys.add(canary_key(profile, Artifact("dataset", "/rows", "a" * 12, "other rows")))
-    assert len(keys | {same}) == 5
+    assert len({key("rows"), key("other rows"), *(key("rows", change) for change in changed)}) == 5

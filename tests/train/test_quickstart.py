@@ -19,6 +19,7 @@ import pytest
 
 from profiles.load import load
 from profiles.schema import StagePlacement
+from tasks.artifacts import Artifact
 from tasks.errors import DriftHalted
 from tasks.job_spec import JobSpec
 from tasks.local_job import run_job
@@ -313,7 +314,8 @@ def test_two_processes_halt_at_the_same_step(first, tmp_path):
     policy = load("quickstart").recipe.policy.model_dump(exclude={"method"})
     args = policy["args"] | {"max_steps": 30, "per_device_train_batch_size": 16, "beta": 0.0}
     config = policy | {"args": args, "rollouts": "transformers", "reward_functions": [{"name": "near_answer", "weight": 1.0}]}
-    drift = judge(load("quickstart", ["drift.signals.kl={warn_max: 1e-10, halt_max: 1e-9, patience: 2}"]))
+    tight = load("quickstart", ["drift.signals.kl={warn_max: 1e-10, halt_max: 1e-9, patience: 2}"])
+    drift = judge(tight, Artifact("dataset", artifact(first, "validate-eval"), "a" * 12, "rows"))
     spec = JobSpec(
         stage="grpo", module="tasks.jobs.grpo", seed=1, output=output, work=work, checkpoints=work / "checkpoints", drift=drift,
         inputs={
