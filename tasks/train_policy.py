@@ -58,5 +58,6 @@ def judge(profile: Profile, held_out: Artifact) -> dict[str, Any]:
     canaries["max_new_tokens"] = canaries["max_new_tokens"] or evaluate.max_new_tokens
     canaries["scorer"] = evaluate.scorer if evaluate.metric == "accuracy" else None
     what = {name: canaries[name] for name in ("num_prompts", "max_new_tokens", "scorer")}
-    canaries["key"] = fingerprint(what | {"rows": held_out.digest})  # canaries of one key can be compared
+    # canaries of one key can be compared
+    canaries["key"] = fingerprint(what | {"rows": held_out.digest}) if canaries["num_prompts"] else ""
     return drift

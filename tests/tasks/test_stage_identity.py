@@ -99,7 +99,10 @@ def test_identity_where_a_halt_leaves_another_policy_holds_the_drift_block_and_t
         assert key("policy", *goes_on, judged_otherwise) != key("policy", *goes_on), judged_otherwise
     placement = StagePlacement(python=job_environment_with("own"))
     one, other = (stage.identity(placement) for stage in with_other_canaries(f"drift.on_halt={on_halt}"))
-    assert {name for name in one if one[name] != other[name]} == {"inputs"}
+    assert {name for name in one if one[name] != other[name]} == {
+        "inputs",
+        "recipe",
+    }  # the canaries themselves, and their key in the drift block
     assert HELD_OUT.digest in one["inputs"].values()
     assert one["recipe"]["drift"]["on_halt"] == on_halt
 
