@@ -27,7 +27,8 @@ _ROWS_SHOWN = 5
 # BOOLEAN_ONLY could not be told from an error
 _SUMMARY = {"result_format": "SUMMARY", "unexpected_index_column_names": ["row"], "partial_unexpected_count": _ROWS_SHOWN}
 _COMPLETE = _SUMMARY | {"result_format": "COMPLETE"}  # every row
-_COUNTS = _SUMMARY | {"partial_unexpected_count": 0}  # no row
+_COUNTS = {"result_format": "BASIC", "partial_unexpected_count": 0}  # no row: GX looks each of them up, one by one
+_HEAD = 1000  # rows among which a rule that many rows break has enough to show
 # GX keeps its current context in one slot per process and promises nothing to threads, and `_quiet` sets a level for all of
 # them. Without this lock 20 judgements in 6 threads still went well; it costs a second of waiting.
 _GX_CONTEXT = threading.Lock()
@@ -43,7 +44,8 @@ def run(expectations: list[dict], facts: Facts, name: str, spark: Spark | None =
 
     pandas judges, or Spark if it is given: the results are the same.
     """
-    raw = _judged(expectations, facts, name, _SUMMARY) if spark is None else _counted(expectations, facts, name, spark)
+    facts = _frame(facts) if spark is None else facts
+    raw = _counted(expectations, facts, name, spark)
     by_rule = {_rule(result): result for result in raw.results}
     n_rows = num_rows(facts)
     results = [_result(expectation, by_rule[expectation["meta"]["rule"]], n_rows) for expectation in expectations]
@@ -67,14 +69,19 @@ def num_rows(facts: Facts) -> int:
     return len(facts) if isinstance(facts, pd.DataFrame) else pyarrow.dataset.dataset(facts).count_rows()
 
 
-def _counted(expectations: list[dict], facts: Facts, name: str, spark: Spark):
-    """Return Spark's result. Each rule that is to show rows costs a pass over the facts: only those that found some do."""
+def _counted(expectations: list[dict], facts: Facts, name: str, spark: Spark | None):
+    """Return GX's result. To show rows costs more than to count them: only rules that found some show them."""
     raw = _judged(expectations, facts, name, _COUNTS, spark)
-    found = {_rule(result) for result in raw.results if (result.result or {}).get("unexpected_count")}
-    if found:
-        again = [expectation for expectation in expectations if expectation["meta"]["rule"] in found]
-        shown = {_rule(result): result for result in _judged(again, facts, name, _SUMMARY, spark).results}
-        raw.results = [shown.get(_rule(result), result) for result in raw.results]
+    counts = {_rule(result): (result.result or {}).get("unexpected_count") for result in raw.results}
+    wanted = {rule: min(count, _ROWS_SHOWN) for rule, count in counts.items() if count}
+    for part in [facts] if spark else [facts.head(_HEAD), facts]:
+        again = [expectation for expectation in expectations if expectation["meta"]["rule"] in wanted]
+        for shown in _judged(again, part, name, _SUMMARY, spark).results if again else []:
+            rows = (shown.result or {}).get("partial_unexpected_index_list") or []
+            if part is facts or len(rows) >= wanted[_rule(shown)]:
+                counted = next(result for result in raw.results if _rule(result) == _rule(shown))
+                counted.result["partial_unexpected_index_list"] = rows
+                del wanted[_rule(shown)]
     return raw
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from tasks.monitoring import curves, mlflow_runs
 from tasks.monitoring.metrics import CURVES, MEANING, key_metric
 from tasks.pipeline_run import PipelineRun
+from tasks.retrains import SIGNALS
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1f2430; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
@@ -23,8 +24,11 @@ NUM_SAMPLES = 6
 Plots = dict[str, dict[str, str]]
 
 
-def html(run: PipelineRun, summary: dict[str, Any], plots: Plots) -> str:
-    """Return the whole report as one page; `plots` are the stages' charts, by stage and metric, as base64 PNG."""
+def html(run: PipelineRun, summary: dict[str, Any], plots: Plots, past: dict[str, str]) -> str:
+    """Return the whole report as one page.
+
+    `plots` are the stages' charts, by stage and metric, and `past` those of the profile's last runs, as base64 PNG.
+    """
     state = "ok" if summary["exit_code"] == 0 else "bad"
     parts = [
         f"<h1>{_text(run.profile.name)} <small class={state}>{summary['status']}</small></h1>",
@@ -34,7 +38,7 @@ def html(run: PipelineRun, summary: dict[str, Any], plots: Plots) -> str:
         _notes(summary["stages"]),
         _estimates_table(summary["metrics"]),
         _gate(summary["gate"]),
-        _retrain(summary["retrain"]),
+        _retrain(summary["retrain"], past),
         _data(run, summary["stages"]),
         f"<p>Release {_text(approval_text(summary['approval']))}</p>" if summary["approval"] else "",
         _curves(plots),
@@ -105,6 +109,14 @@ def plot(record: dict[str, Any]) -> dict[str, str]:
     return {key: curves.as_text(curves.draw(series, [key])) for key in keys if key in series}
 
 
+def plots_of_history(rows: list[dict[str, Any]]) -> dict[str, str]:
+    """Return a chart of each canary signal over a profile's runs; nothing before there are two to compare."""
+    series = {
+        name: [(number, row[name]) for number, row in enumerate(rows, start=1) if row[name] is not None] for name in SIGNALS
+    }
+    return {name: curves.as_text(curves.draw(series, [name])) for name, points in series.items() if len(points) > 1}
+
+
 def _estimates_table(metrics: dict[str, Any]) -> str:
     rows = [(metric, name, estimate_text(e), str(e["n"])) for metric, models in metrics.items() for name, e in models.items()]
     return _table(("held-out metric", "model", "value [95 % interval]", "n"), rows) if rows else ""
@@ -123,14 +135,15 @@ def _notes(stages: list[dict[str, Any]]) -> str:
     return f"<h2>Drift</h2><ul class=warn>{''.join(items)}</ul>" if items else ""
 
 
-def _retrain(retrain: dict[str, Any] | None) -> str:
+def _retrain(retrain: dict[str, Any] | None, past: dict[str, str]) -> str:
     """Show the canaries, and how far they are from those of the last accepted runs."""
     if not retrain or not retrain["canaries"]:
         return ""
     rows = [(name, f"{value:.3f}", MEANING[name]) for name, value in retrain["canaries"].items()]
     drifted = "".join(f"<li class={'bad' if d['fails'] else 'warn'}>{_text(d['text'])}" for d in retrain["drifted"])
     verdict = f"<ul>{drifted}</ul>" if drifted else "<p class=muted>No drift against the last accepted runs.</p>"
-    return "<h2>Canaries</h2>" + _table(("at the end of training", "", ""), rows) + verdict
+    table = _table(("at the end of training", "", ""), rows)
+    return "<h2>Canaries</h2>" + table + verdict + _charts({key: (png, "by run, the newest last") for key, png in past.items()})
 
 
 def _data(run: PipelineRun, stages: list[dict[str, Any]]) -> str:
@@ -168,13 +181,17 @@ def _manifest(run: PipelineRun, record: dict[str, Any]) -> dict[str, Any]:
 def _curves(plots: Plots) -> str:
     parts = []
     for stage, charts in plots.items():
-        figures = [
-            f"<figure><img alt='{key} of {stage}' src='data:image/png;base64,{png}'><figcaption>{MEANING[key]}</figcaption>"
-            for key, png in charts.items()
-        ]
-        parts.append(f"<h3>{stage}</h3><div class=charts>{''.join(figures)}</div>")
+        parts.append(f"<h3>{stage}</h3>" + _charts({key: (png, MEANING[key]) for key, png in charts.items()}))
     legend = "Pale: as logged. Dark: moving average, where it is judged. Dashed: its limits, orange warns and red halts."
     return f"<h2>Curves</h2><p class=muted>{legend}</p>" + "".join(parts) if parts else ""
+
+
+def _charts(charts: dict[str, tuple[str, str]]) -> str:
+    figures = [
+        f"<figure><img alt='{key}' src='data:image/png;base64,{png}'><figcaption>{caption}</figcaption></figure>"
+        for key, (png, caption) in charts.items()
+    ]
+    return f"<div class=charts>{''.join(figures)}</div>" if figures else ""
 
 
 def _samples(summary: dict[str, Any]) -> str:

@@ -14,6 +14,7 @@ from prefect.artifacts import create_link_artifact, create_markdown_artifact
 from prefect.client.orchestration import get_client
 
 from flows import report
+from flows.drift_history import history
 from tasks import gates, retrains
 from tasks.artifacts import Artifact, disk_errors
 from tasks.errors import GateFailed, RunCancelled, RunDied
@@ -22,6 +23,7 @@ from tasks.monitoring import mlflow_runs
 from tasks.pipeline_run import CLOSED, PipelineRun, StageRecord, write_json
 
 log = logging.getLogger("posttrain")
+HISTORY = 20  # runs in the report's charts between retrains
 
 
 @contextmanager
@@ -165,7 +167,8 @@ def publish(run: PipelineRun, summary: dict[str, Any]) -> None:
     if summary["exit_code"] == 0:
         mlflow_runs.set_tags(run.mlflow_run_id, {"accepted": "true"})
     plots = report.plots_of(summary["stages"])
-    (run.folder / "report.html").write_text(report.html(run, summary, plots), encoding="utf-8")
+    past = report.plots_of_history(history(run.profile.name, HISTORY))
+    (run.folder / "report.html").write_text(report.html(run, summary, plots, past), encoding="utf-8")
     mlflow_runs.log_file(run.mlflow_run_id, run.folder / "report.html")
     create_markdown_artifact(key="summary", markdown=report.markdown(run, summary, plots), description="Stages, metrics, gate")
 

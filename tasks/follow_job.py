@@ -59,7 +59,8 @@ def conclude(run: PipelineRun, order: JobOrder, artifact: Artifact, warned: bool
     """Say in MLflow's tags and the log what became of a governed stage that was not halted for good."""
     told = [*artifact.details.get("retried", []), artifact.details.get("halted", "")]
     verdict = "rolled back" if told[-1] else "retried" if told[:-1] else "warned" if warned else "inside"
-    tags = {"drift.verdict": verdict, "drift.worst_signal": artifact.details.get("worst_signal", "")}
+    worst = {"drift.worst": f"{artifact.metrics['drift/worst']:.2f}", "drift.worst_signal": artifact.details["worst_signal"]}
+    tags = {"drift.verdict": verdict} | worst
     mlflow_runs.set_tags(order.mlflow_run_id, tags)
     if told[-1]:
         log.warning("%s: %s The chain goes on from step %d.", order.stage, told[-1].strip(), artifact.details["rolled_back_to"])

@@ -79,7 +79,7 @@ def summary() -> dict[str, Any]:
 
 
 def test_html_shows_every_stage_with_its_status_seconds_metric_and_fingerprint(run, summary):
-    rows = Cells(report.html(run, summary, {})).rows
+    rows = Cells(report.html(run, summary, {}, {})).rows
     assert ["prepare", "cached", "", "", "aaaaaaaaaaaa"] in rows
     assert ["validate-eval", "ran", "1", "", ""] in rows
     assert ["sft", "ran", "13", "mean_token_accuracy 0.988", "bbbbbbbbbbbb"] in rows
@@ -87,27 +87,27 @@ def test_html_shows_every_stage_with_its_status_seconds_metric_and_fingerprint(r
 
 
 def test_html_shows_every_text_as_it_is_and_none_as_markup(run, summary):
-    page = Cells(report.html(run, summary, {}))
+    page = Cells(report.html(run, summary, {}, {}))
     assert "script" not in page.tags
     assert page.text.count("alert('x')") == 5  # description, error, stage's reason, gate's reason, reviewer
 
 
 def test_html_shows_each_models_share_with_its_interval(run, summary):
     """1 of 4 and 3 of 4; the intervals are Wilson's, derived in tests/tasks/test_gates.py."""
-    rows = Cells(report.html(run, summary, {})).rows
+    rows = Cells(report.html(run, summary, {}, {})).rows
     for name, scores in (("base", [0, 0, 0, 1]), ("policy", [1, 1, 1, 0])):
         e = estimate(scores)
         assert ["accuracy", name, f"{e.value:.3f} [{e.low:.3f}, {e.high:.3f}]", "4"] in rows
 
 
 def test_html_shows_the_gate_and_each_reason(run, summary):
-    text = Cells(report.html(run, summary, {})).text
+    text = Cells(report.html(run, summary, {}, {})).text
     assert "failed" in text and "p=0.4" in text
-    assert "passed" in Cells(report.html(run, summary | {"gate": {"passed": True, "reasons": []}}, {})).text
+    assert "passed" in Cells(report.html(run, summary | {"gate": {"passed": True, "reasons": []}}, {}, {})).text
 
 
 def test_html_of_a_run_that_came_to_nothing_still_is_a_page(run, summary):
-    page = Cells(report.html(run, summary | {"stages": [], "metrics": {}, "gate": None, "approval": None}, {}))
+    page = Cells(report.html(run, summary | {"stages": [], "metrics": {}, "gate": None, "approval": None}, {}, {}))
     assert "quickstart" in page.text
 
 
@@ -118,13 +118,13 @@ def test_html_shows_what_each_model_answers(run, summary, tmp_path):
     ]
     (tmp_path / "samples.jsonl").write_text("\n".join(lines) + "\n")
     evaluated = record("evaluate", artifact=str(tmp_path), metrics={"accuracy/policy": 1.0})
-    page = Cells(report.html(run, summary | {"stages": [evaluated]}, {}))
+    page = Cells(report.html(run, summary | {"stages": [evaluated]}, {}, {}))
     assert ["sort <b>31</b>", "13", "<i>31", "13"] in page.rows
     assert "b" not in page.tags and "i" not in page.tags
 
 
 def test_html_reaches_for_nothing_outside_itself(run, summary):
-    page = report.html(run, summary, {})
+    page = report.html(run, summary, {}, {})
     assert "http://" not in page and "https://" not in page and "src='/" not in page
 
 
@@ -157,5 +157,5 @@ def test_stage_cells_keep_to_one_short_line_each(run):
 
 def test_row_of_a_dataset_says_how_many_of_its_rows_do_not_train(run, summary):
     aside = record("validate-sft", "cached", metrics={"num_rows": 97.0, "data/quarantined_rows": 3.0})
-    page = Cells(report.html(run, summary | {"stages": [aside]}, {}))
+    page = Cells(report.html(run, summary | {"stages": [aside]}, {}, {}))
     assert ["validate-sft", "cached", "", "3 bad rows set aside", ""] in page.rows
