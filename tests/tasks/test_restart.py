@@ -4,7 +4,6 @@ import json
 import os
 import sys
 import threading
-from pathlib import Path
 
 import pytest
 
@@ -17,7 +16,6 @@ from tasks.restart import run_governed
 # Halts while the learning rate is above what it can bear; leaves what it was told.
 JOB = """#!{python} -SE
 import json, sys
-from pathlib import Path
 spec = json.loads(Path(sys.argv[-1]).read_text())
 work, args = Path(spec["work"]), spec["config"]["args"]
 with (work / "told.jsonl").open("a") as file:
@@ -60,7 +58,7 @@ def governed(tmp_path):
             run.told = [json.loads(line) for line in (work / "told.jsonl").read_text().splitlines()]
         return result, run.told
 
-    return governed
+    return run
 
 
 def test_restart_has_the_steps_that_are_left_and_the_stated_change_each_time_again(governed, tmp_path):
