@@ -16,6 +16,7 @@ from tasks.restart import run_governed
 # Halts while the learning rate is above what it can bear; leaves what it was told.
 JOB = """#!{python} -SE
 import json, sys
+from pathlib import Path
 spec = json.loads(Path(sys.argv[-1]).read_text())
 work, args = Path(spec["work"]), spec["config"]["args"]
 with (work / "told.jsonl").open("a") as file:
