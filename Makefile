@@ -39,8 +39,8 @@ quickstart: install
 test: install
 	.venv/bin/python -m ruff check .
 	.venv/bin/python -m ruff format --check .
-	.venv-job/bin/python -m pytest -m "job and not gpu" --timeout 600
-	.venv/bin/python -m pytest -m "not job and not gpu and not server and not train" -n 2 --timeout 1200
+	.venv-job/bin/python -m pytest -m "job and not gpu" --hypothesis-profile ci --timeout 600
+	.venv/bin/python -m pytest -m "not job and not gpu and not server and not train" -n 2 --hypothesis-profile ci --timeout 1200
 	.venv/bin/python -m pytest -m "(server or train) and not gpu" -n 2 --dist loadfile --timeout 1200
 
 # The GPU tier, on a machine that has one, in the environment of `make JOB=gpu install`.

@@ -76,7 +76,8 @@ def watched(name: str, drift: dict[str, Any]) -> bool:
 def judge(series: Series, drift: dict[str, Any]) -> list[Finding]:
     """Return what is out of bounds at the newest step: at most one finding per signal and detector, halts first."""
     newest = max((points[-1][0] for points in series.values() if points), default=None)
-    fresh = {n: points for n, points in series.items() if points and points[-1][0] == newest and watched(n, drift)}
+    # by name: a resumed run reads its series in another order than the undisturbed one wrote them
+    fresh = {n: points for n, points in sorted(series.items()) if points and points[-1][0] == newest and watched(n, drift)}
     if lost := [_not_finite(name, points[-1]) for name, points in fresh.items() if not math.isfinite(points[-1][1])]:
         return lost
     found = [finding for name, points in fresh.items() for finding in _judge_one(name, points, drift)]
