@@ -1,4 +1,4 @@
-"""The `posttrain` command: run, plan, validate, drift, ui, pools, sweep, doctor."""
+"""The `posttrain` command: run, plan, validate, drift, champion, promote, rollback, ui, pools, sweep, doctor."""
 
 import json
 import os
@@ -113,6 +113,41 @@ def drift(
         return terminal.show_history(profile, drift_history.history(profile, last))
     judged = load_profile(profile, overrides).drift if profile else Drift()
     sys.exit(terminal.show_findings(drift_history.judge_file(series, judged)))
+
+
+@app.command()
+def champion(
+    profile: Annotated[str, typer.Argument(help="a profile's name")],
+    as_json: Annotated[bool, typer.Option("--json", help="print it as JSON")] = False,
+) -> None:
+    """Show what is released of a profile: the champion, the release before it, and the newest candidate."""
+    from flows import releases, terminal
+
+    found = releases.rows(profile)
+    print(json.dumps(found, indent=1)) if as_json else terminal.show_releases(profile, found)
+
+
+@app.command()
+def promote(
+    what: Annotated[str, typer.Argument(help="a run's id, or a profile's name for its newest export")],
+    force: Annotated[str | None, typer.Option(metavar="REASON", help="whatever the gates said; the reason is recorded")] = None,
+) -> None:
+    """Make the export of a run that passed every gate the champion; the former champion is kept as `previous`."""
+    from flows import releases
+
+    print(f"{releases.promote(what, force)} is the champion")
+
+
+@app.command()
+def rollback(
+    profile: Annotated[str, typer.Argument(help="a profile's name")],
+    reason: Annotated[str, typer.Option(help="why; it is recorded, and keeps the release from being promoted again")],
+) -> None:
+    """Make the previous release the champion again; the one taken back is not promoted again by itself."""
+    from flows import releases
+
+    now, former = releases.rollback(profile, reason)
+    print(f"{now} is the champion again; taken back: {former}")
 
 
 @app.command()

@@ -7,13 +7,13 @@ from flows.post_training import wanted_datasets
 from profiles.schema import Grpo, Profile
 from tasks.artifacts import Artifact
 from tasks.build import Stage
+from tasks.champion import find_opponent
 from tasks.evaluate_policy import evaluate_stage
 from tasks.export_vllm import export_stage
 from tasks.fingerprints import fingerprint
 from tasks.merge_lora import merge_stage
 from tasks.pipeline_run import last_manifests, store
 from tasks.prepare_data import find_base_model, prepare_stage
-from tasks.retrains import find_champion
 from tasks.train_policy import policy_stage
 from tasks.train_reward_model import reward_model_stage
 from tasks.train_sft import sft_stage
@@ -41,7 +41,7 @@ def plan(profile: Profile) -> list[dict[str, Any]]:
         recipe.policy.method, policy_stage, base, sft, rows, reward_model, held_out, needed=[base, rows, *needed]
     )
     needed = [base, policy, held_out, *([sft] if recipe.sft else [])]
-    champion = find_champion(profile, store(), policy, base) if policy and base else None
+    champion = find_opponent(profile.name, store(), policy).export if policy else None
     evaluation = look.stage("evaluate", evaluate_stage, base, sft, policy, held_out, champion, needed=needed)
     merged = look.stage("merge", merge_stage, base, policy)
     look.stage("export", export_stage, base, policy, merged, held_out, evaluation)

@@ -1,4 +1,4 @@
-"""The whole pipeline on one screen: validate, SFT, reward model, policy, evaluate, gate, merge, export."""
+"""The whole pipeline on one screen: validate, SFT, reward model, policy, evaluate, gate, merge, export, promote."""
 
 from typing import Annotated, Any
 
@@ -22,6 +22,7 @@ from tasks.interrupts import interrupts, suspension
 from tasks.merge_lora import merge_lora
 from tasks.pipeline_run import PipelineRun, open_pipeline_run, suspended_run
 from tasks.prepare_data import find_base_model, prepare_data
+from tasks.promote_model import promote_model
 from tasks.train_policy import train_policy
 from tasks.train_reward_model import train_reward_model
 from tasks.train_sft import train_sft
@@ -64,12 +65,13 @@ def new_run(profile: str, overrides: list[str]) -> PipelineRun:
 
 
 def run_to_the_end(run: PipelineRun) -> None:
-    """Run the stages, then ask; whatever stops one of them, no thread goes on with a job that nobody waits for."""
+    """Run the stages, ask, then release; whatever stops one of them, no thread goes on with a job that nobody waits for."""
     try:
         if not run.was_suspended:
             run_stages(run)
         if run.profile.gates.approval:
             require_approval(run)
+        done(run, start(promote_model, run))
     except suspension() as pause:
         run.stop.set()
         if run.was_suspended:

@@ -76,6 +76,7 @@ def summarise(run: PipelineRun, error: BaseException | None) -> dict[str, Any]:
         "gate": _read(run.folder / "gate.json", None),
         "retrain": _read(run.folder / "retrain.json", None),
         "approval": _read(run.folder / "approval.json", None),
+        "release": _read(run.folder / "release.json", None),
         "export": export.artifact if export else None,
         "serve": serve_command(run, export),
         "report": str(run.folder / "report.html"),
@@ -111,7 +112,17 @@ def exit_code_of(error: BaseException | None) -> int:
 def in_order(run: PipelineRun, records: list[StageRecord]) -> list[StageRecord]:
     """Return the records in the recipe's order: what runs side by side ends in any."""
     data = [f"validate-{name}" for name in ("eval", "sft", "preference", "prompts")]
-    order = ["prepare", *data, "sft", "reward_model", run.profile.recipe.policy.method, "evaluate", "merge", "export"]
+    order = [
+        "prepare",
+        *data,
+        "sft",
+        "reward_model",
+        run.profile.recipe.policy.method,
+        "evaluate",
+        "merge",
+        "export",
+        "promote",
+    ]
     return sorted(records, key=lambda record: order.index(record.stage))
 
 
@@ -120,7 +131,7 @@ def skipped(run: PipelineRun, by_stage: dict[str, StageRecord]) -> list[StageRec
     recipe = run.profile.recipe
     reasons = {"sft": None if recipe.sft else "not in the recipe"}
     reasons |= {"reward_model": None if recipe.reward_model else "not in the recipe"}
-    stages = ["sft", "reward_model", recipe.policy.method, "evaluate", "merge", "export"]
+    stages = ["sft", "reward_model", recipe.policy.method, "evaluate", "merge", "export", "promote"]
     late = "an earlier stage stopped the run"
     return [StageRecord(s, "skipped", reason=reasons.get(s) or late) for s in stages if s not in by_stage]
 

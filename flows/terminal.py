@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,21 @@ def show_history(profile: str, rows: list[dict[str, Any]]) -> None:
     for row in rows:
         values = ["" if row[name] is None else f"{row[name]:.3f}" for name in signals]
         table.add_row(*(escape(row[key]) for key in ("run", "when", "verdict", "policy")), *values)
+    Console().print(table)
+
+
+def show_releases(profile: str, rows: list[dict[str, Any]]) -> None:
+    """Print a line per alias."""
+    if not rows:
+        console.print(f"no release of {escape(profile)} is in MLflow's registry here")
+        return
+    table = Table(box=None, pad_edge=False)
+    for column in ("", "version", "export", "run", "made (UTC)", "notes"):
+        table.add_column(column, overflow="fold", justify="right" if column == "version" else "left")
+    for row in rows:
+        made = f"{datetime.fromtimestamp(row['created'], UTC):%Y-%m-%d %H:%M}"
+        cells = (row["alias"], str(row["version"]), row["export"], row["run"], made, "; ".join(row["notes"]))
+        table.add_row(*map(escape, cells))
     Console().print(table)
 
 

@@ -199,6 +199,16 @@ class Gates(Strict):
     approval_timeout_seconds: int = Field(72 * 3600, gt=0, description="without an answer in this time the gate has failed")
 
 
+class Release(Strict):
+    """What happens to an export that passed every gate; no part of what is trained."""
+
+    promote: bool = Field(True, description="make it the champion; false leaves a candidate for `posttrain promote RUN`")
+    served_at: str | None = Field(
+        None, pattern=r"^https?://", description="address of the server that must come to serve it, e.g. http://127.0.0.1:8000"
+    )
+    served_timeout_seconds: int = Field(600, gt=0)
+
+
 class StagePlacement(Strict):
     tags: list[str] = Field(
         default_factory=lambda: ["local"],
@@ -247,4 +257,5 @@ class Profile(Strict):
     recipe: Recipe
     drift: Drift = Drift()
     gates: Gates = Gates()
+    release: Release = Release()
     placement: Placement = Placement()

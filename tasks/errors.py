@@ -7,6 +7,7 @@ PipelineError            1
 │   └── MachineUnfit     4    the job cannot even start here: no job environment, no disk, a busy port
 ├── DriftHalted          5    reward, KL or entropy left its corridor
 ├── GateFailed           6    the candidate is not good enough
+├── ReleaseFailed        7    the candidate is good, but could not be made the champion, or is not served
 ├── RunDied              1    a run's process ended without a word; a sweep found it
 └── RunCancelled       130    someone stopped the run
 """
@@ -59,6 +60,12 @@ class GateFailed(PipelineError):
     """The candidate did not pass its gate; the text has every reason with its numbers."""
 
     exit_code = 6
+
+
+class ReleaseFailed(PipelineError):
+    """A release could not be made or taken back, or is not what the server serves; the text says what is in force."""
+
+    exit_code = 7
 
 
 class RunDied(PipelineError):

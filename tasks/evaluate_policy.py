@@ -6,8 +6,8 @@ from prefect.cache_policies import NO_CACHE
 from profiles.schema import Profile
 from tasks.artifacts import Artifact
 from tasks.build import Stage, build
+from tasks.champion import choose_opponent
 from tasks.pipeline_run import PipelineRun
-from tasks.retrains import find_champion
 from tasks.stage_config import with_model
 from tasks.train_policy import judge
 
@@ -18,9 +18,10 @@ def evaluate_policy(
 ) -> Artifact | State:
     """Return every model's answer to every row (samples.jsonl); metrics are shares in [0, 1].
 
-    `canary/kl_to_champion` is the policy's KL to the last accepted one of the profile, if there is another.
+    `canary/kl_to_champion` is the policy's KL to the profile's champion, if there is one. Raises ReleaseFailed if the store
+    has lost the champion's export.
     """
-    champion = find_champion(run.profile, run.store, policy, base)
+    champion = choose_opponent(run, policy).export
     stage = evaluate_stage(run.profile, base, sft, policy, rows, champion)
     return build(run, stage, run.profile.placement.of("evaluate"))
 

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
 
 from profiles.drift import BetweenRuns
 from profiles.schema import Profile
@@ -21,33 +20,13 @@ class Drifted:
     text: str
 
 
-def find_champion(profile: Profile, store: Any, policy: Artifact, base: Artifact) -> Artifact | None:
-    """Return the newest accepted policy of the profile that is another one, on the same base, and still in the store."""
-    if not profile.drift.canaries.num_prompts:
-        return None
-    seen: set[str] = set()
-    for tags in (past["tags"] for past in _others(profile, policy)):
-        stage, key = tags["policy.stage"], tags["policy.fingerprint"]
-        if key in seen:
-            continue
-        seen.add(key)
-        identity = store.identity(stage, key) or {}
-        if identity.get("inputs", {}).get("base_model") == base.digest and (found := store.find(stage, key)):
-            return found
-    return None
-
-
 def past_canaries(profile: Profile, policy: Artifact, key: str) -> list[dict[str, float]]:
     """Return the canaries' values of the last accepted other policies, the newest first."""
     found: dict[str, dict[str, float]] = {}
-    for past in _others(profile, policy):
+    for past in mlflow_runs.accepted_runs(profile.name, but=policy.fingerprint):
         if past["tags"].get("canaries") == key:
             found.setdefault(past["tags"]["policy.fingerprint"], past["metrics"])
     return list(found.values())[: profile.drift.between_runs.last]
-
-
-def _others(profile: Profile, policy: Artifact) -> list[dict[str, Any]]:
-    return mlflow_runs.accepted_runs(profile.name, but=policy.fingerprint)
 
 
 def compare(new: dict[str, float], past: list[dict[str, float]], limits: BetweenRuns) -> list[Drifted]:
@@ -63,7 +42,7 @@ def compare(new: dict[str, float], past: list[dict[str, float]], limits: Between
         lowest = limits.entropy_ratio_min
         found.append(_beyond(-entropy / before, -limits.entropy_ratio_warn, None if lowest is None else -lowest, text))
     if (kl := new.get("canary/kl_to_champion")) is not None:
-        text = "the policy's KL to the last accepted one, in nats per token on the canaries, is"
+        text = "the policy's KL to the champion, in nats per token on the canaries, is"
         found.append(_beyond(kl, limits.kl_to_champion_warn, limits.kl_to_champion_max, text))
     return [drifted for drifted in found if drifted is not None]
 

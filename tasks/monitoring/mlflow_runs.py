@@ -38,13 +38,18 @@ def artifact_root() -> Path:
 
 def run_url(run_id: str) -> str:
     """Return a run's page: on the tracking server, else where `posttrain ui` serves the local database by default."""
+    return f"{pages()}/#/experiments/{client().get_run(run_id).info.experiment_id}/runs/{run_id}"
+
+
+def pages() -> str:
+    """Return where MLflow's pages are."""
     uri = tracking_uri()
-    server = uri if uri.startswith("http") else LOCAL_UI
-    return f"{server}/#/experiments/{_client().get_run(run_id).info.experiment_id}/runs/{run_id}"
+    return uri if uri.startswith("http") else LOCAL_UI
 
 
 @cache
-def _client():
+def client():
+    """Return this process's client of the tracker and its model registry; a local database is made first if there is none."""
     from mlflow import MlflowClient
 
     uri = tracking_uri()
@@ -57,26 +62,26 @@ def _client():
         fcntl.flock(lock, fcntl.LOCK_EX)
         for chatty in ("alembic", "mlflow.store.db.utils"):
             logging.getLogger(chatty).setLevel(logging.WARNING)
-        client = MlflowClient(uri)
-        client.search_experiments(max_results=1)
-    return client
+        local = MlflowClient(uri)
+        local.search_experiments(max_results=1)
+    return local
 
 
 def prepare_database() -> None:
     """Create the local database if there is none yet."""
-    _client()
+    client()
 
 
 def _experiment(name: str) -> str:
-    client = _client()
-    found = client.get_experiment_by_name(name)
+    tracker = client()
+    found = tracker.get_experiment_by_name(name)
     if found is not None:
         if found.lifecycle_stage == "deleted":  # in MLflow's pages; its name stays taken
-            client.restore_experiment(found.experiment_id)
+            tracker.restore_experiment(found.experiment_id)
         return found.experiment_id
     local = tracking_uri().startswith("sqlite:///")
     location = (artifact_root() / name).as_uri() if local else None
-    return client.create_experiment(name, artifact_location=location, tags={"mlflow.experimentKind": TRAINING_PAGES})
+    return tracker.create_experiment(name, artifact_location=location, tags={"mlflow.experimentKind": TRAINING_PAGES})
 
 
 def open_run(experiment: str, name: str, tags: dict[str, str], parent: str | None = None) -> str:
@@ -86,7 +91,7 @@ def open_run(experiment: str, name: str, tags: dict[str, str], parent: str | Non
     nested = {"mlflow.parentRunId": parent} if parent else {}
     own = {"mlflow.user": "posttrain", "mlflow.source.name": "posttrain"}
     try:
-        return _client().create_run(_experiment(experiment), run_name=name, tags={**own, **tags, **nested}).info.run_id
+        return client().create_run(_experiment(experiment), run_name=name, tags={**own, **tags, **nested}).info.run_id
     except MlflowException as error:
         raise MachineUnfit(
             f"MLflow at {tracking_uri()} does not take a run: {error}. Start it; set MLFLOW_TRACKING_USERNAME and "
@@ -112,20 +117,20 @@ def closing(run_id: str) -> Iterator[None]:
     except BaseException as error:
         close(run_id, error)
         raise
-    _client().set_terminated(run_id, FINISHED)
+    client().set_terminated(run_id, FINISHED)
 
 
 def close(run_id: str, error: BaseException) -> None:
     """Close a run with what an error means."""
     status, tags = verdict(error)
     set_tags(run_id, tags)
-    _client().set_terminated(run_id, status)
+    client().set_terminated(run_id, status)
 
 
 def close_family(run_id: str, error: BaseException) -> None:
     """Close a run that died, and those of its stages that still say RUNNING."""
-    experiment = _client().get_run(run_id).info.experiment_id
-    stages = _client().search_runs([experiment], f"tags.`mlflow.parentRunId` = '{run_id}'")
+    experiment = client().get_run(run_id).info.experiment_id
+    stages = client().search_runs([experiment], f"tags.`mlflow.parentRunId` = '{run_id}'")
     for stage in (run for run in stages if run.info.status == "RUNNING"):
         close(stage.info.run_id, error)
     close(run_id, error)
@@ -155,7 +160,7 @@ def log_points(run_id: str, lines: Iterable[dict[str, Any]]) -> None:
         if isinstance(value, int | float) and not math.isinf(value)
     ]
     for start in range(0, len(points), BATCH):
-        _client().log_batch(run_id, metrics=points[start : start + BATCH])
+        client().log_batch(run_id, metrics=points[start : start + BATCH])
 
 
 def log_scalars(run_id: str, metrics: dict[str, float]) -> None:
@@ -168,25 +173,25 @@ def log_params(run_id: str, params: dict[str, Any]) -> None:
 
     entities = [Param(key, clean(value)[:6000]) for key, value in params.items()]
     for start in range(0, len(entities), 100):
-        _client().log_batch(run_id, params=entities[start : start + 100])
+        client().log_batch(run_id, params=entities[start : start + 100])
 
 
 def set_tags(run_id: str, tags: dict[str, Any]) -> None:
     for key, value in tags.items():
-        _client().set_tag(run_id, key, clean(value)[:8000])
+        client().set_tag(run_id, key, clean(value)[:8000])
 
 
 def log_dict(run_id: str, content: Any, name: str) -> None:
-    _client().log_dict(run_id, content, name)
+    client().log_dict(run_id, content, name)
 
 
 def log_file(run_id: str, path: Path) -> None:
-    _client().log_artifact(run_id, str(path))
+    client().log_artifact(run_id, str(path))
 
 
 def log_folder(run_id: str, folder: Path) -> None:
     """Log every file of a folder as an artifact of the run."""
-    _client().log_artifacts(run_id, str(folder))
+    client().log_artifacts(run_id, str(folder))
 
 
 def log_dataset(run_id: str, name: str, path: str, digest: str, kind: str) -> None:
@@ -196,13 +201,13 @@ def log_dataset(run_id: str, name: str, path: str, digest: str, kind: str) -> No
 
     source = '{"uri": "file://' + path + '"}'
     entity = Dataset(name=name, digest=digest[:36], source_type="local", source=source)
-    _client().log_inputs(run_id, [DatasetInput(entity, [InputTag("mlflow.data.context", kind)])])
+    client().log_inputs(run_id, [DatasetInput(entity, [InputTag("mlflow.data.context", kind)])])
 
 
 def history(run_id: str, key: str) -> list[tuple[int, float]]:
     """Return a metric's (step, value) pairs in order; what a restart did again takes the place of what it did before."""
     points: list[tuple[int, float]] = []
-    for metric in sorted(_client().get_metric_history(run_id, key), key=lambda metric: (metric.timestamp, metric.step)):
+    for metric in sorted(client().get_metric_history(run_id, key), key=lambda metric: (metric.timestamp, metric.step)):
         add_point(points, metric.step, metric.value)
     return points
 
@@ -212,7 +217,7 @@ def histories(run_id: str, keys: list[str]) -> dict[str, list[tuple[int, float]]
     from mlflow.exceptions import MlflowException
 
     try:
-        logged = _client().get_run(run_id).data.metrics
+        logged = client().get_run(run_id).data.metrics
     except MlflowException:
         return {}
     return {key: history(run_id, key) for key in keys if key in logged}
@@ -225,10 +230,10 @@ def accepted_runs(experiment: str, but: str) -> list[dict[str, Any]]:
 
 def pipeline_runs(experiment: str, condition: str, limit: int) -> list[dict[str, Any]]:
     """Return `{"run_id", "started", "status", "tags", "metrics"}` of a profile's pipeline runs, the newest first."""
-    found = _client().get_experiment_by_name(experiment)
+    found = client().get_experiment_by_name(experiment)
     if found is None:
         return []
-    runs = _client().search_runs([found.experiment_id], condition, max_results=limit, order_by=["attributes.start_time DESC"])
+    runs = client().search_runs([found.experiment_id], condition, max_results=limit, order_by=["attributes.start_time DESC"])
     return [
         {
             "run_id": run.info.run_id,

@@ -68,7 +68,7 @@ def test_sparkline_goes_from_the_lowest_block_to_the_highest():
 
 def test_history_is_the_profiles_own_runs_the_oldest_first(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
-    mlflow_runs._client.cache_clear()
+    mlflow_runs.client.cache_clear()
     try:
         for number, tags in enumerate([{"accepted": "true"}, {"error": "DriftHalted"}]):
             own = {"profile": "mine", "run_id": f"run-{number}", "policy.fingerprint": "p"}
@@ -85,4 +85,4 @@ def test_history_is_the_profiles_own_runs_the_oldest_first(tmp_path, monkeypatch
         assert [past["tags"]["run_id"] for past in mlflow_runs.accepted_runs("mine", but="q")] == ["run-0"]
         assert mlflow_runs.accepted_runs("mine", but="p") == []
     finally:
-        mlflow_runs._client.cache_clear()
+        mlflow_runs.client.cache_clear()
