@@ -177,7 +177,7 @@ def test_champion_whose_export_is_lost_stops_the_comparison(name, store):
 
 
 def test_of_releases_that_race_exactly_one_becomes_the_champion(name, store):
-    numbers = [release(name, store, letter).number for letter in "abcd"]
+    numbers = [release(name, store, letter).number for letter in "abc"]
     command = [sys.executable, "-P", "-c", RACE]
     processes = [
         subprocess.Popen([*command, str(n), name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for n in numbers
@@ -188,5 +188,5 @@ def test_of_releases_that_race_exactly_one_becomes_the_champion(name, store):
         process.stdin.write("go\n")
         process.stdin.flush()
     ends = sorted((process.communicate(timeout=120)[0].split() for process in processes), key=lambda end: float(end[1]))
-    assert [end[0] for end in ends] == ["champion", "refused", "refused", "refused"]
+    assert [end[0] for end in ends] == ["champion", "refused", "refused"]
     assert all(float(one[2]) <= float(next_one[1]) for one, next_one in pairwise(ends))  # one after the other
