@@ -122,7 +122,7 @@ def test_nightly_run_sends_nothing_to_any_pool_while_its_rows_are_the_same_and_t
     assert code == 0, said
     assert {stage["status"] for stage in same["stages"]} == {"cached"}
     assert len(pools.flow_runs()) == before + 1
-    tasks = pools.api("/task_runs/filter", {"sort": "EXPECTED_START_TIME_DESC", "limit": 11})
+    tasks = pools.api("/task_runs/filter", {"sort": "EXPECTED_START_TIME_DESC", "limit": 12})
     assert {task["state"]["name"] for task in tasks} == {"Cached"}
     with rows.open("a") as file:
         file.write('{"prompt": [{"role": "user", "content": "Sort: 90817263"}], "answer": "01236789"}\n')
@@ -208,7 +208,7 @@ def test_refused_release_fails_with_the_reviewers_reason_everywhere(first, pools
     summary = json.loads((waiting["folder"] / "summary.json").read_text())
     assert (ended["state_type"], ended["labels"]["posttrain.exit_code"], summary["exit_code"]) == ("FAILED", 6, 6)
     assert summary["approval"]["reviewer"] == "Ada" and "too polite" in summary["error"]
-    assert {stage["status"] for stage in summary["stages"]} == {"cached"} and len(summary["stages"]) == 11
+    assert [stage["status"] for stage in summary["stages"]] == ["cached"] * 11 + ["skipped"]  # nothing is promoted
     status, tags = mlflow_of(pools, waiting["mlflow_run_id"])
     assert (status, tags["approval"], tags["approval.by"], tags["approval.reason"]) == (
         "FINISHED",

@@ -28,7 +28,7 @@ from tasks.train_policy import judge
 POSTTRAIN = Path(sys.prefix) / "bin" / "posttrain"
 TIGHT = ["drift.signals.kl={warn_max: 0.05, halt_max: 0.1}"]
 DATA = ["validate-eval", "validate-sft", "validate-preference", "validate-prompts"]
-STAGES = ["prepare", *DATA, "sft", "reward_model", "grpo", "evaluate", "merge", "export"]
+STAGES = ["prepare", *DATA, "sft", "reward_model", "grpo", "evaluate", "merge", "export", "promote"]
 pytestmark = [pytest.mark.train, pytest.mark.timeout(1200)]
 
 
@@ -113,7 +113,7 @@ def test_quickstart_mlflow_has_one_parent_and_one_finished_child_per_stage_with_
         "select r.run_uuid, r.name, r.status from runs r join tags t on t.run_uuid = r.run_uuid "
         "where t.key = 'mlflow.parentRunId' and t.value = ?", first["mlflow_run_id"],
     )  # fmt: skip
-    assert Counter(name for _, name, _ in children) == Counter(STAGES)
+    assert Counter(name for _, name, _ in children) == Counter(STAGES[:-1])  # promote starts no job
     assert {status for *_, status in children} == {"FINISHED"}
     assert home.mlflow("select status from runs where run_uuid = ?", first["mlflow_run_id"]) == [("FINISHED",)]
     grpo = next(run_id for run_id, name, _ in children if name == "grpo")
@@ -129,8 +129,17 @@ def test_quickstart_again_trains_nothing_and_is_cached_in_prefect(first, home):
     assert [s["fingerprint"] for s in summary["stages"]] == [s["fingerprint"] for s in first["stages"]]
     assert summary["metrics"] == first["metrics"] and summary["export"] == first["export"]
     assert home.mlflow("select count(*) from runs")[0][0] == before + 1  # the parent alone
-    names = Counter(name for (name,) in home.prefect("select state_name from task_run order by created desc limit 11"))
-    assert names == {"Cached": 11}
+    names = Counter(name for (name,) in home.prefect("select state_name from task_run order by created desc limit 12"))
+    assert names == {"Cached": 12}
+
+
+def test_quickstart_release_is_the_champion_and_again_nothing_is_promoted(first, home):
+    """Of the runs so far the first made it; the second found it there."""
+    done = subprocess.run([POSTTRAIN, "champion", "quickstart", "--json"], env=home.env, capture_output=True, text=True)
+    rows = {row["alias"]: row for row in json.loads(done.stdout)}
+    assert set(rows) == {"champion", "candidate"}
+    assert (rows["champion"]["run"], rows["champion"]["path"]) == (first["run_id"], first["export"])
+    assert first["release"]["champion"]["number"] == rows["champion"]["version"] == 1
 
 
 def test_quickstart_damaged_artifact_is_rebuilt_and_said_so(first, home):
