@@ -15,7 +15,7 @@ SIGNALS = ("canary/reward", "canary/entropy", "canary/kl", "canary/length", "can
 
 @dataclass(frozen=True)
 class Drifted:
-    """How far a policy's canaries are from the accepted ones', the limit that it is beyond, and whether that stops its release."""
+    """How far a policy's canaries are from the accepted ones', beyond which limit, and whether that stops its release."""
 
     fails: bool
     text: str
@@ -50,7 +50,7 @@ def past_canaries(profile: Profile, policy: Artifact, key: str) -> list[dict[str
 
 
 def looks(run: PipelineRun, policy: Artifact, evaluation: Artifact) -> int:
-    """Return how many policies of the profile were judged on these held-out rows, this one with them, and count it from now on."""
+    """Count this policy as judged on these held-out rows; return how many of the profile were, this one with them."""
     rows = run.store.identity("evaluate", evaluation.fingerprint)["inputs"]["rows"]
     mlflow_runs.set_tags(run.mlflow_run_id, {"gate.rows": rows, "policy.fingerprint": policy.fingerprint})
     judged = mlflow_runs.pipeline_runs(run.profile.name, f"tags.`gate.rows` = '{rows}'", 1000)

@@ -36,9 +36,8 @@ def main(spec: JobSpec) -> JobResult:
             with speaking(model, name):
                 lines = judge(model, tokenizer, data, spec.config)
             metrics[f"{metric}/{name}"] = sum(line["score"] for line in lines) / len(lines)
-            file.writelines(
-                json.dumps({"metric": metric, "model": name, "row": i} | line) + "\n" for i, line in enumerate(lines)
-            )
+            named = {"metric": metric, "model": name}
+            file.writelines(json.dumps(named | {"row": i} | line) + "\n" for i, line in enumerate(lines))
     if "champion" in spec.inputs:
         metrics["canary/kl_to_champion"] = kl_to_champion(model, tokenizer, data, spec.config["canaries"])
     template = hashlib.sha256((tokenizer.chat_template or "").encode()).hexdigest()
