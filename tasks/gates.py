@@ -187,7 +187,8 @@ def _other(arrays: Arrays, name: str) -> Other:
 
 def _others(arrays: Arrays, metric: str, names: Sequence[str]) -> list[Other]:
     """Return each model once, the base too where it is named beside a champion that is not there."""
-    found = {(other := _other(arrays, name)).name: other for name in names}
+    last = sorted(names, key=lambda name: name == "champion")  # a stand-in's label, which says why, over a plain base's
+    found = {(other := _other(arrays, name)).name: other for name in last}
     for other in found.values():
         if metric.startswith(WIN_RATE) and metric != WIN_RATE + other.name:
             raise ProfileError(
