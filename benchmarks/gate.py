@@ -1,11 +1,11 @@
 """How often the gate lets a worse candidate through, and how often it stops a better one: the real judge on made-up scores.
 
-    .venv/bin/python benchmarks/gate.py                      the tables of docs/gates.md, about ten minutes
+    .venv/bin/python benchmarks/gate.py                      the tables of docs/gates.md, about seven minutes
     .venv/bin/python benchmarks/gate.py --runs 200 --n 500   a quick look at one n
 
 A row is an item that champion and candidate answer rightly or not: two standard normals of the given correlation, each right
-below the point that gives its model its share. Effects are true differences in points. Every figure is a share of the runs, with
-a standard error of at most 1.1 points for 2,000 of them. Rows of real-valued scores are means of four such items.
+below the point that gives its model its share. Effects are true differences in points. Figures are percentages of the runs; of
+2,000 the standard error is at most 1.1. Rows of real-valued scores are means of four such items.
 """
 
 import argparse
