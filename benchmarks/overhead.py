@@ -19,7 +19,7 @@ from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parents[1]
 STAGES = ("sft", "grpo", "evaluate")
-SMALL = ("recipe.sft.args.max_steps=60", "recipe.policy.args.max_steps=2", "gates.accuracy_min=1.0")
+SMALL = ("recipe.sft.args.max_steps=60", "recipe.policy.args.max_steps=2", "gates.floors={accuracy: 0.999}")
 ALONE = ("recipe.reward_model=null", "recipe.policy.reward_functions=[{name: near_answer}]")
 
 

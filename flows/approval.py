@@ -15,7 +15,7 @@ from prefect.settings import PREFECT_UI_URL
 from prefect.variables import Variable
 from pydantic import Field
 
-from flows.report import approval_text, estimate_text
+from flows.report import approval_text, estimate_text, gate_lines
 from flows.reporting import summarise, write_report
 from tasks.errors import GateFailed, RunCancelled
 from tasks.monitoring import mlflow_runs
@@ -106,5 +106,6 @@ def question(run: PipelineRun, summary: dict[str, Any]) -> str:
     lines = [f"## Release {run.profile.name}?", f"Run `{run.run_id}`: every stage and every check is done.", ""]
     for metric, models in summary["metrics"].items():
         lines += [f"- **{metric}** " + " → ".join(f"{name} {estimate_text(e)}" for name, e in models.items())]
+    lines += ["", *gate_lines(summary["gate"])] if summary["gate"] else []
     lines += [f"- [report, curves and metrics in MLflow]({mlflow_runs.run_url(run.mlflow_run_id)})", ""]
     return "\n".join([*lines, "The export, to try it:", "", f"```\n{summary['serve']}\n```"])

@@ -16,11 +16,14 @@ table { border-collapse: collapse; margin: 1rem 0; display: block; overflow-x: a
 th, td { text-align: left; padding: .3rem .8rem; border-bottom: 1px solid #dde }
 th { font-weight: 600 } .ok { color: #186a3b } .bad { color: #b03a2e } .warn { color: #9a5b00 }
 code { background: #f3f4f8; padding: 0 .2rem }
+.lines { white-space: pre-line }
 img { max-width: 100% } .charts { display: flex; flex-wrap: wrap; gap: .8rem }
 figure { margin: 0; width: 17rem; max-width: 100% } figcaption { font-size: .8rem; color: #667 }
 pre { white-space: pre-wrap; background: #f7f8fb; padding: .6rem } .muted { color: #667 }
 """
 NUM_SAMPLES = 6
+CLAIM_HEAD = ("verdict", "claim", "metric", "n", "estimate", "interval", "limit")
+CLASS = {"PASS": "ok", "FAIL": "bad", "INCONCLUSIVE": "warn"}
 Plots = dict[str, dict[str, str]]
 
 
@@ -33,7 +36,7 @@ def html(run: PipelineRun, summary: dict[str, Any], plots: Plots, past: dict[str
     parts = [
         f"<h1>{_text(run.profile.name)} <small class={state}>{summary['status']}</small></h1>",
         f"<p>{_text(run.profile.description)}</p><p class=muted>run {run.run_id}</p>",
-        f"<p class=bad>{_text(summary['error'])}</p>" if summary["error"] else "",
+        f"<p class='bad lines'>{_text(summary['error'])}</p>" if summary["error"] else "",
         _table(("stage", "", "seconds", "key metric", "fingerprint"), [stage_cells(s) for s in summary["stages"]]),
         _notes(summary["stages"]),
         _estimates_table(summary["metrics"]),
@@ -42,7 +45,7 @@ def html(run: PipelineRun, summary: dict[str, Any], plots: Plots, past: dict[str
         _data(run, summary["stages"]),
         f"<p>Release {_text(approval_text(summary['approval']))}</p>" if summary["approval"] else "",
         _curves(plots),
-        _samples(summary),
+        _samples(run, summary),
         f"<h2>Export</h2><p><code>{_text(summary['serve'])}</code></p>" if summary["serve"] else "",
         _cost(run, summary["stages"]),
         _versions(run, summary["stages"]),
@@ -60,8 +63,7 @@ def markdown(run: PipelineRun, summary: dict[str, Any], plots: Plots) -> str:
     lines += [head + "\n".join("| " + " | ".join(row) + " |" for row in rows), ""]
     for metric, models in summary["metrics"].items():
         lines += [f"**{metric}** " + " → ".join(f"{name} {estimate_text(e)}" for name, e in models.items()), ""]
-    if summary["gate"]:
-        lines += ["**gate** " + ("passed" if summary["gate"]["passed"] else "failed: " + "; ".join(summary["gate"]["reasons"]))]
+    lines += gate_lines(summary["gate"]) if summary["gate"] else []
     lines += [f"\n> {record['stage']}: {note}" for record in summary["stages"] for note in record["notes"]]
     lines += ["", f"**release** {approval_text(summary['approval'])}"] if summary["approval"] else []
     images = [
@@ -69,6 +71,27 @@ def markdown(run: PipelineRun, summary: dict[str, Any], plots: Plots) -> str:
         for stage, charts in plots.items()
     ]
     return "\n".join([*lines, *images])
+
+
+def gate_lines(gate: dict[str, Any]) -> list[str]:
+    """Return the verdict and its claims as Markdown."""
+    rows = [[cell.replace("|", "\\|") for cell in claim_cells(claim)] for claim in gate["claims"]]
+    table = ["| " + " | ".join(row) + " |" for row in [list(CLAIM_HEAD), ["---"] * len(CLAIM_HEAD), *rows]]
+    return [f"**gate** {gate_text(gate)}", "", *(table if rows else []), ""]
+
+
+def gate_text(gate: dict[str, Any]) -> str:
+    """Return e.g. `INCONCLUSIVE, candidate number 3 on these held-out rows`."""
+    return f"{gate['verdict']}, candidate number {gate['looks']} on these held-out rows"
+
+
+def claim_cells(claim: dict[str, Any]) -> list[str]:
+    """Return a claim's row of the gate's table, as plain text: a difference has its sign, a floor's own value has none."""
+    form = "" if claim["asked"] == "floor" else "+"
+    numbers = {name: "" if claim[name] is None else f"{claim[name]:{form}.3f}" for name in ("estimate", "low", "high", "limit")}
+    interval = f"[{numbers['low']}, {numbers['high']}]" if numbers["low"] else ""
+    n = "" if claim["n"] is None else str(claim["n"])
+    return [claim["verdict"], claim["asked"], claim["metric"], n, numbers["estimate"], interval, numbers["limit"]]
 
 
 def stage_cells(record: dict[str, Any]) -> list[str]:
@@ -125,8 +148,12 @@ def _estimates_table(metrics: dict[str, Any]) -> str:
 def _gate(gate: dict[str, Any] | None) -> str:
     if gate is None:
         return ""
-    verdict = "<span class=ok>passed</span>" if gate["passed"] else "<span class=bad>failed</span>"
-    return f"<h2>Gate: {verdict}</h2><ul>" + "".join(f"<li>{_text(reason)}" for reason in gate["reasons"]) + "</ul>"
+    head = f"<h2>Gate: <span class={CLASS[gate['verdict']]}>{_text(gate_text(gate))}</span></h2>"
+    if not gate["claims"]:
+        return head + "<p class=warn>Nothing was asked of the candidate.</p>"
+    table = _table(CLAIM_HEAD, [claim_cells(claim) for claim in gate["claims"]])
+    items = [f"<li class={CLASS[claim['verdict']]}>{_text(claim['text'])}" for claim in gate["claims"]]
+    return head + table + f"<ul>{''.join(items)}</ul>"
 
 
 def _notes(stages: list[dict[str, Any]]) -> str:
@@ -194,12 +221,13 @@ def _charts(charts: dict[str, tuple[str, str]]) -> str:
     return f"<div class=charts>{''.join(figures)}</div>" if figures else ""
 
 
-def _samples(summary: dict[str, Any]) -> str:
-    """Show what base, SFT and policy answer to the first held-out prompts."""
+def _samples(run: PipelineRun, summary: dict[str, Any]) -> str:
+    """Show what each model answers to the first held-out prompts."""
     evaluated = next((s for s in summary["stages"] if s["stage"] == "evaluate" and s["artifact"]), None)
     if evaluated is None:
         return ""
     lines = [json.loads(line) for line in (Path(evaluated["artifact"]) / "samples.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if line["metric"] == run.profile.recipe.evaluate.metric]
     rows: dict[int, dict[str, Any]] = {}
     for line in lines:
         if line["row"] < NUM_SAMPLES and "completion" in line:

@@ -24,6 +24,7 @@ from tasks.pipeline_run import CLOSED, PipelineRun, StageRecord, write_json
 
 log = logging.getLogger("posttrain")
 HISTORY = 20  # runs in the report's charts between retrains
+TAG = {"PASS": "passed", "FAIL": "failed", "INCONCLUSIVE": "inconclusive"}
 
 
 @contextmanager
@@ -137,10 +138,20 @@ def skipped(run: PipelineRun, by_stage: dict[str, StageRecord]) -> list[StageRec
 
 
 def gate_candidate(run: PipelineRun, policy: Artifact, evaluation: Artifact) -> None:
-    """Judge the policy on the evaluation's scores and against the last accepted ones; raises GateFailed with every reason."""
-    metric = run.profile.recipe.evaluate.metric
-    scores = read_scores(evaluation / "samples.jsonl")
-    verdict = gates.judge(scores, run.profile.gates, metric)
+    """Judge the policy on the evaluation's scores and against the last accepted ones.
+
+    Raises GateFailed with every claim that did not pass, ProfileError when the gate names what was not measured.
+    """
+    scores, metric = read_scores(evaluation / "samples.jsonl"), run.profile.recipe.evaluate.metric
+    asked = gates.judge(scores, run.profile.gates, metric, evaluation.details["comparable"]).claims
+    verdict = gates.weigh([*asked, *drift_claims(run, policy, evaluation)])
+    leave_verdict(run, verdict, scores, retrains.looks(run, policy, evaluation))
+    if verdict.verdict != "PASS":
+        raise GateFailed(refusal(verdict), inconclusive=verdict.verdict == "INCONCLUSIVE")
+
+
+def drift_claims(run: PipelineRun, policy: Artifact, evaluation: Artifact) -> list[gates.Claim]:
+    """Return a claim that fails for each canary that is too far from the last accepted runs'; the others only warn."""
     canaries = {name: v for name, v in (policy.metrics | evaluation.metrics).items() if name in retrains.SIGNALS}
     key = policy.details.get("canaries", "")
     drifted = retrains.compare(canaries, retrains.past_canaries(run.profile, policy, key), run.profile.drift.between_runs)
@@ -148,26 +159,48 @@ def gate_candidate(run: PipelineRun, policy: Artifact, evaluation: Artifact) -> 
     retrains.leave_canaries(run, policy, key, canaries)
     for found in drifted:
         log.warning("between retrains: %s", found.text)
-    if failing := [found.text for found in drifted if found.fails]:
-        verdict = gates.Verdict(False, [*verdict.reasons, *failing])
-    estimates = {name: asdict(gates.estimate(values)) for name, values in scores.items()}
-    write_json(run.folder / "metrics.json", {metric: estimates})
-    write_json(run.folder / "gate.json", asdict(verdict))
-    flat = {f"{metric}/{name}": e["value"] for name, e in estimates.items()}
-    mlflow_runs.log_scalars(run.mlflow_run_id, flat | {"gate/passed": float(verdict.passed)})
-    mlflow_runs.set_tags(run.mlflow_run_id, {"gate": "passed" if verdict.passed else "failed"})
-    log.info("gate: %s", "passed" if verdict.passed else "failed")
-    if not verdict.passed:
-        raise GateFailed("the candidate is not released: " + "; ".join(verdict.reasons))
+    return [
+        gates.Claim("no drift between retrains", "FAIL", d.text, d.signal, estimate=d.value, limit=d.limit)
+        for d in drifted
+        if d.fails
+    ]
 
 
-def read_scores(samples: Path) -> dict[str, list[int]]:
-    """Return each model's 0/1 scores in row order."""
-    scores: dict[str, list[int]] = {}
+def leave_verdict(run: PipelineRun, verdict: gates.Verdict, scores: dict[str, dict[str, list[float]]], looks: int) -> None:
+    """Leave the verdict, every claim and every model's estimates in gate.json, metrics.json and MLflow."""
+    estimates = {metric: {name: asdict(e) for name, e in own.items()} for metric, own in gates.estimates(scores).items()}
+    write_json(run.folder / "metrics.json", estimates)
+    write_json(run.folder / "gate.json", asdict(verdict) | {"looks": looks})
+    flat = {f"{metric}/{name}": e["value"] for metric, models in estimates.items() for name, e in models.items()}
+    passed = float(verdict.verdict == "PASS")
+    mlflow_runs.log_scalars(run.mlflow_run_id, flat | {"gate/passed": passed, "gate/looks": float(looks)})
+    mlflow_runs.set_tags(run.mlflow_run_id, {"gate": TAG[verdict.verdict]})
+    log.info("gate: %s (candidate number %d on these held-out rows)", verdict.verdict, looks)
+    if not verdict.claims:
+        log.warning("gates: nothing was asked of the candidate, so any would have passed. Name a model in gates.better_than.")
+
+
+def refusal(verdict: gates.Verdict) -> str:
+    """Return the verdict, what it means and a line for each claim that did not pass."""
+    meaning = {"FAIL": "the candidate is not good enough", "INCONCLUSIVE": "the candidate is not shown to be good enough"}
+    head = f"{verdict.verdict}: {meaning[verdict.verdict]}; it is not released."
+    return "\n".join([head, *(f"- {claim.verdict}: {claim.text}" for claim in verdict.open)])
+
+
+def read_scores(samples: Path) -> dict[str, dict[str, list[float]]]:
+    """Return each metric's and model's scores in row order; raises ValueError for a row that is there twice or not at all."""
+    found: dict[str, dict[str, dict[int, float]]] = {}
     with samples.open(encoding="utf-8") as file:
         for line in map(json.loads, file):
-            scores.setdefault(line["model"], []).append(line["score"])
-    return scores
+            rows = found.setdefault(line["metric"], {}).setdefault(line["model"], {})
+            if line["row"] in rows:
+                raise ValueError(f"{samples}: row {line['row']} of {line['model']} has {line['metric']} twice")
+            rows[line["row"]] = line["score"]
+    for metric, models in found.items():
+        for name, rows in models.items():
+            if missing := set(range(max(map(len, models.values())))) - set(rows):
+                raise ValueError(f"{samples}: {metric} of {name} has no row {min(missing)} ({len(missing)} missing)")
+    return {m: {name: [rows[row] for row in sorted(rows)] for name, rows in models.items()} for m, models in found.items()}
 
 
 def publish(run: PipelineRun, summary: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ from rich.table import Table
 from tasks.errors import DriftHalted, PipelineError
 
 console = Console(stderr=True)
+GATE_COLOUR = {"PASS": "green", "FAIL": "red", "INCONCLUSIVE": "yellow"}
 STATUS_COLOUR = {"ran": "green", "cached": "cyan", "failed": "red", "skipped": "dim", "run": "yellow"}
 
 
@@ -77,7 +78,7 @@ def show_summary(summary: dict[str, Any]) -> None:
             "  " + "  →  ".join(f"{name} [bold]{escape(estimate_text(e))}[/]" for name, e in models.items()), highlight=False
         )
     if summary["gate"]:
-        console.print("gate " + ("[green]passed[/]" if summary["gate"]["passed"] else "[red]failed[/]"))
+        _show_gate(summary["gate"])
     if summary["approval"]:
         console.print(f"release {escape(approval_text(summary['approval']))}", highlight=False, soft_wrap=True)
     console.print()
@@ -85,6 +86,20 @@ def show_summary(summary: dict[str, Any]) -> None:
         _place("serve", summary["serve"])
     _place("report", summary["report"])
     _place("pages", "posttrain ui   (Prefect and MLflow on this store)")
+
+
+def _show_gate(gate: dict[str, Any]) -> None:
+    from flows.report import CLAIM_HEAD, claim_cells, gate_text
+
+    console.print(f"\ngate [{GATE_COLOUR[gate['verdict']]}]{gate_text(gate)}[/]", highlight=False)
+    table = Table(box=None, pad_edge=False)
+    for column in CLAIM_HEAD:
+        table.add_column(column, overflow="fold")
+    for claim in gate["claims"]:
+        cells = [escape(cell) for cell in claim_cells(claim)]
+        table.add_row(f"[{GATE_COLOUR[cells[0]]}]{cells[0]}[/]", *cells[1:])
+    if gate["claims"]:
+        console.print(table)
 
 
 def show_plan(rows: list[dict[str, Any]]) -> None:

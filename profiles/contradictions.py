@@ -4,9 +4,10 @@ import difflib
 from collections.abc import Iterator
 
 from profiles.drift import LOGGED, SIGNALS, Corridor
-from profiles.schema import Dataset, Dpo, Grpo, Profile, Recipe
+from profiles.schema import Dataset, Dpo, Evaluate, Gates, Grpo, Profile, Recipe
 
 SFT_KINDS = ("prompt_completion", "language_modeling")
+MODELS = ("base", "sft", "champion")
 
 
 def contradictions(profile: Profile) -> list[str]:
@@ -30,8 +31,7 @@ def _adapters(recipe: Recipe) -> Iterator[str]:
 
 
 def _rewards(recipe: Recipe) -> Iterator[str]:
-    policy = recipe.policy
-    used = isinstance(policy, Grpo) and any(r.name == "reward_model" and r.weight > 0 for r in policy.reward_functions)
+    policy, used = recipe.policy, _trains_on_reward_model(recipe)
     if used and recipe.reward_model is None:
         yield (
             "recipe.policy.reward_functions names reward_model but recipe.reward_model is absent: nobody trains it. "
@@ -150,5 +150,88 @@ def _on_halt(profile: Profile) -> Iterator[str]:
 
 
 def _gates(profile: Profile) -> Iterator[str]:
-    if "sft" in profile.gates.better_than and profile.recipe.sft is None:
+    gates, recipe = profile.gates, profile.recipe
+    if "sft" in gates.better_than and recipe.sft is None:
         yield "gates.better_than names sft but recipe.sft is absent. Drop it from the list, or add recipe.sft."
+    if gates.gain_min > 0 and not gates.better_than:
+        yield (
+            f"gates.gain_min is {gates.gain_min:g} but gates.better_than is empty: no gain would be judged. Name a model in "
+            "better_than, or drop gain_min."
+        )
+    asked = {"gates.floors": [*gates.floors], "gates.not_worse": [*gates.not_worse]}
+    asked["gates.metric"] = [gates.metric] if gates.metric and gates.better_than else []
+    for setting, metrics in asked.items():
+        for metric in metrics:
+            yield from _measures(recipe, setting, metric)
+    yield from _limits(gates, gates.metric or recipe.evaluate.metric)
+    yield from _win_rates(gates)
+
+
+def _measures(recipe: Recipe, setting: str, metric: str) -> Iterator[str]:
+    """Say that a metric of the gate is not measured, or is the very reward that the policy was trained to raise."""
+    evaluate = recipe.evaluate
+    if metric.startswith("win_rate_lc/"):
+        yield (
+            f"{setting} names {metric!r}, which is one number without a score per row: nothing can be tested by it. Name "
+            f"'win_rate/{metric.partition('/')[2]}'."
+        )
+    elif not _is_measured(evaluate, metric):
+        known = [evaluate.metric, *(f"reward/{name}" for name in evaluate.rewards), *(f"{t}/…" for t in evaluate.tasks)]
+        known += [f"win_rate/{name}" for name in MODELS if evaluate.win_rate]
+        yield (
+            f"{setting} names {metric!r}, which recipe.evaluate does not measure: the gate could not judge it once everything "
+            f"is trained. It measures: {', '.join(known)}. Name one of these, or add it to recipe.evaluate."
+        )
+    if (metric.startswith("win_rate/") or metric == "reward/reward_model") and _trains_on_reward_model(recipe):
+        yield (
+            f"{setting} names {metric!r}, which is judged by the reward model that recipe.policy.reward_functions trains the "
+            "policy on: the policy learns to please it, better or not (arXiv:2210.10760). Judge by another metric."
+        )
+
+
+def _is_measured(evaluate: Evaluate, metric: str) -> bool:
+    kind, _, name = metric.partition("/")
+    if kind == "reward":
+        return name in evaluate.rewards
+    if kind == "win_rate":
+        return evaluate.win_rate and name in MODELS
+    task = metric.rpartition("/")[0]  # a group's tasks are named after it: mmlu_anatomy
+    return metric == evaluate.metric or any(task == own or task.startswith(f"{own}_") for own in evaluate.tasks)
+
+
+def _trains_on_reward_model(recipe: Recipe) -> bool:
+    policy = recipe.policy
+    return isinstance(policy, Grpo) and any(r.name == "reward_model" and r.weight > 0 for r in policy.reward_functions)
+
+
+def _limits(gates: Gates, metric: str) -> Iterator[str]:
+    """Say which limits on shares, which lie in [0, 1], can never hold or always do."""
+    if _is_share(metric) and gates.better_than and gates.gain_min >= (most := 0.5 if metric.startswith("win_rate/") else 1):
+        yield f"gates.gain_min is {gates.gain_min:g} but {metric} cannot gain {most:g} or more: no policy passes. Lower it."
+    for name, least in gates.floors.items():
+        if _is_share(name) and not 0 < least < 1:
+            never = "no interval of any number of rows lies there" if least >= 1 else "every policy is there"
+            yield f"gates.floors.{name} is {least:g} but {name} is a share: {never}. Set it between 0 and 1."
+    for name, margin in gates.not_worse.items():
+        if _is_share(name) and margin >= 1:
+            yield f"gates.not_worse.{name} is {margin:g} but {name} is a share: any loss passes. Set it to 0.03 or 0.05."
+
+
+def _is_share(metric: str) -> bool:
+    return metric in ("accuracy", "preference_accuracy") or metric.startswith("win_rate/")
+
+
+def _win_rates(gates: Gates) -> Iterator[str]:
+    """Say where a win rate over one model is to show something of another."""
+    kind, _, other = (gates.metric or "").partition("/")
+    if kind == "win_rate" and gates.better_than and gates.better_than != [other]:
+        yield (
+            f"gates.metric is {gates.metric!r} but gates.better_than is [{', '.join(gates.better_than)}]: that win rate says "
+            f"something of {other} alone. Set better_than to [{other}]."
+        )
+    for name in gates.not_worse:
+        if name.startswith("win_rate/") and name != "win_rate/champion":
+            yield (
+                f"gates.not_worse names {name!r} but not_worse is judged against the champion. Name 'win_rate/champion', or "
+                f"set gates.floors.{name}."
+            )

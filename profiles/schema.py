@@ -166,6 +166,9 @@ class Evaluate(Strict):
     max_new_tokens: int = Field(64, gt=0)
     max_length: int = Field(1024, gt=0, description="preference_accuracy: longer pairs are cut there, and counted")
     batch_size: int = Field(32, gt=0)
+    rewards: list[str] = Field(default_factory=list, description="reward functions measured beside the metric")
+    tasks: list[str] = Field(default_factory=list, description="tasks of lm-evaluation-harness measured beside the metric")
+    win_rate: bool = Field(False, description="measure how often the reward model prefers the policy's answer")
 
 
 class Export(Strict):
@@ -190,11 +193,22 @@ class Recipe(Strict):
 
 
 class Gates(Strict):
-    """What the candidate must show before it is merged and exported, and who says yes to its release."""
+    """What the candidate must show before it is merged and exported, and who says yes to its release (docs/gates.md)."""
 
-    accuracy_min: float | None = Field(None, ge=0, le=1)
-    better_than: list[Literal["base", "sft"]] = Field(default_factory=lambda: ["base"])
-    p_max: float = Field(0.05, gt=0, lt=1, description="level of the one-sided exact McNemar test")
+    metric: str | None = Field(None, description="what `better_than` is judged by; null: recipe.evaluate.metric")
+    floors: dict[str, float] = Field(
+        default_factory=dict, description="least value by metric; the whole 95 % interval of the policy's own must be there"
+    )
+    better_than: list[Literal["base", "sft", "champion"]] = Field(
+        default_factory=lambda: ["champion"],
+        description="models that the policy must beat on the same rows; champion: the base where there is none yet",
+    )
+    gain_min: float = Field(0.0, ge=0, description="least gain over each of better_than, in points of the metric (0.02: two)")
+    p_max: float = Field(0.05, gt=0, lt=0.5, description="level of the one-sided paired test of each gain")
+    not_worse: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        default_factory=dict,
+        description="margin by metric: a loss against the champion as large as that must be ruled out (non-inferiority)",
+    )
     approval: bool = Field(False, description="ask a person, on the run's page in Prefect, before the export is released")
     approval_timeout_seconds: int = Field(72 * 3600, gt=0, description="without an answer in this time the gate has failed")
 

@@ -1,12 +1,12 @@
 """Every deliberate stop of the pipeline, each with its own exit code; anything else is a bug and keeps its traceback.
 
 PipelineError            1
-├── ProfileError         2    a setting is wrong or two of them contradict each other; no run was opened
+├── ProfileError         2    a setting is wrong or two of them contradict each other; mostly before a run was opened
 ├── ContractBroken       3    the data violates its contract
 ├── JobFailed            4    a training, evaluation, merge or export job exited non-zero
 │   └── MachineUnfit     4    the job cannot even start here: no job environment, no disk, a busy port
 ├── DriftHalted          5    reward, KL or entropy left its corridor
-├── GateFailed           6    the candidate is not good enough
+├── GateFailed           6    the candidate is not good enough, or not shown to be
 ├── ReleaseFailed        7    the candidate is good, but could not be made the champion, or is not served
 ├── RunDied              1    a run's process ended without a word; a sweep found it
 └── RunCancelled       130    someone stopped the run
@@ -57,9 +57,16 @@ class DriftHalted(PipelineError):
 
 
 class GateFailed(PipelineError):
-    """The candidate did not pass its gate; the text has every reason with its numbers."""
+    """The candidate did not pass its gate; the text has every claim that did not hold, with its numbers.
+
+    `inconclusive`: nothing was shown against the candidate either, there were too few rows to tell.
+    """
 
     exit_code = 6
+
+    def __init__(self, text: str, inconclusive: bool = False):
+        super().__init__(text)
+        self.inconclusive = inconclusive
 
 
 class ReleaseFailed(PipelineError):

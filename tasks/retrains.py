@@ -14,10 +14,13 @@ SIGNALS = ("canary/reward", "canary/entropy", "canary/kl", "canary/length", "can
 
 @dataclass(frozen=True)
 class Drifted:
-    """How far a policy's canaries are from the accepted ones', and whether that stops its release."""
+    """How far a policy's canaries are from the accepted ones', beyond which limit, and whether that stops its release."""
 
     fails: bool
     text: str
+    signal: str
+    value: float
+    limit: float
 
 
 def past_canaries(profile: Profile, policy: Artifact, key: str) -> list[dict[str, float]]:
@@ -29,21 +32,30 @@ def past_canaries(profile: Profile, policy: Artifact, key: str) -> list[dict[str
     return list(found.values())[: profile.drift.between_runs.last]
 
 
+def looks(run: PipelineRun, policy: Artifact, evaluation: Artifact) -> int:
+    """Count this policy as judged on these held-out rows; return how many of the profile were, this one with them."""
+    rows = run.store.identity("evaluate", evaluation.fingerprint)["inputs"]["rows"]
+    mlflow_runs.set_tags(run.mlflow_run_id, {"gate.rows": rows, "policy.fingerprint": policy.fingerprint})
+    judged = mlflow_runs.pipeline_runs(run.profile.name, f"tags.`gate.rows` = '{rows}'", 1000)
+    return len({past["tags"]["policy.fingerprint"] for past in judged} | {policy.fingerprint})
+
+
 def compare(new: dict[str, float], past: list[dict[str, float]], limits: BetweenRuns) -> list[Drifted]:
     """Return what has drifted between the accepted runs and this one; nothing where there is nothing to compare with."""
-    found = []
+    found: list[Drifted | None] = []
     before, reward = _median(past, "canary/reward"), new.get("canary/reward")
     if before is not None and reward is not None:
         text = f"canary/reward is {reward:.3f}, {before:.3f} in the last accepted runs (median of {len(past)}): a drop of"
-        found.append(_beyond(before - reward, limits.reward_drop_warn, limits.reward_drop_max, text))
+        found.append(_beyond("canary/reward", before - reward, limits.reward_drop_warn, limits.reward_drop_max, text))
     before, entropy = _median(past, "canary/entropy"), new.get("canary/entropy")
     if before and entropy is not None:
         text = f"canary/entropy is {entropy:.3f}, {before:.3f} in the last accepted runs (median of {len(past)}): a ratio of"
         lowest = limits.entropy_ratio_min
-        found.append(_beyond(-entropy / before, -limits.entropy_ratio_warn, None if lowest is None else -lowest, text))
+        fail = None if lowest is None else -lowest
+        found.append(_beyond("canary/entropy", -entropy / before, -limits.entropy_ratio_warn, fail, text))
     if (kl := new.get("canary/kl_to_champion")) is not None:
         text = "the policy's KL to the champion, in nats per token on the canaries, is"
-        found.append(_beyond(kl, limits.kl_to_champion_warn, limits.kl_to_champion_max, text))
+        found.append(_beyond("canary/kl_to_champion", kl, limits.kl_to_champion_warn, limits.kl_to_champion_max, text))
     return [drifted for drifted in found if drifted is not None]
 
 
@@ -54,12 +66,13 @@ def leave_canaries(run: PipelineRun, policy: Artifact, key: str, canaries: dict[
     mlflow_runs.log_scalars(run.mlflow_run_id, canaries)
 
 
-def _beyond(value: float, warn: float, fail: float | None, text: str) -> Drifted | None:
+def _beyond(signal: str, value: float, warn: float, fail: float | None, text: str) -> Drifted | None:
     fails = fail is not None and value > fail
     if not fails and value <= warn:
         return None
     what, limit = ("fail", fail) if fails else ("warn", warn)
-    return Drifted(fails, f"{text} {abs(value):.3f} ({what} limit {abs(limit):g} of drift.between_runs).")
+    told = f"{text} {abs(value):.3f} ({what} limit {abs(limit):g} of drift.between_runs)."
+    return Drifted(fails, told, signal, abs(value), abs(limit))
 
 
 def _median(past: list[dict[str, float]], signal: str) -> float | None:

@@ -3,6 +3,7 @@
 Greedy decoding, so nothing is random; the adapters are switched on one loaded base, so nothing else differs.
 """
 
+import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -35,10 +36,13 @@ def main(spec: JobSpec) -> JobResult:
             with speaking(model, name):
                 lines = judge(model, tokenizer, data, spec.config)
             metrics[f"{metric}/{name}"] = sum(line["score"] for line in lines) / len(lines)
-            file.writelines(json.dumps({"model": name, "row": i} | line) + "\n" for i, line in enumerate(lines))
+            named = {"metric": metric, "model": name}
+            file.writelines(json.dumps(named | {"row": i} | line) + "\n" for i, line in enumerate(lines))
     if "champion" in spec.inputs:
         metrics["canary/kl_to_champion"] = kl_to_champion(model, tokenizer, data, spec.config["canaries"])
-    return done(metrics, num_rows=len(data), device=str(model.device))
+    template = hashlib.sha256((tokenizer.chat_template or "").encode()).hexdigest()
+    comparable = {name: {"chat_template": template, "tasks": {}} for name in ("base", *model.peft_config)}
+    return done(metrics, num_rows=len(data), device=str(model.device), comparable=comparable)
 
 
 def kl_to_champion(model: PeftModel, tokenizer: Any, data: Dataset, settings: Row) -> float:

@@ -143,7 +143,7 @@ def verdict(error: BaseException) -> tuple[str, dict[str, str]]:
     if isinstance(error, (RunCancelled, *interrupts())):
         return KILLED, tags
     if name == "GateFailed":
-        return FINISHED, tags | {"gate": "failed"}
+        return FINISHED, tags | {"gate": "inconclusive" if error.inconclusive else "failed"}
     if name == "DriftHalted":
         return FAILED, tags | {"drift.halted": "true"}
     return FAILED, tags if isinstance(error, PipelineError) else tags | {"bug": "true"}

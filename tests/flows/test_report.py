@@ -9,7 +9,8 @@ import pytest
 
 from flows import report
 from profiles.load import load
-from tasks.gates import estimate
+from tasks.gates import Claim
+from tasks.paired import estimate
 from tasks.pipeline_run import PipelineRun, StageRecord
 
 EVIL = "<script>alert('x')</script> & \"more\""
@@ -49,6 +50,14 @@ def record(stage: str, status: str = "ran", **facts: Any) -> dict[str, Any]:
     return asdict(StageRecord(stage, status, **facts))
 
 
+def claim(verdict: str, text: str, asked: str = "better than base | no champion yet") -> dict[str, Any]:
+    return asdict(Claim(asked, verdict, text, "accuracy", 40, 0.0512, -0.01, 0.11, 0.02, 0.4))
+
+
+def gate(verdict: str, *claims: dict[str, Any]) -> dict[str, Any]:
+    return {"verdict": verdict, "claims": list(claims), "looks": 3}
+
+
 @pytest.fixture
 def run(tmp_path: Path) -> PipelineRun:
     profile = load("quickstart", [f"description={EVIL!r}"]).model_copy(update={"description": EVIL})
@@ -70,7 +79,7 @@ def summary() -> dict[str, Any]:
             record("grpo", "skipped", reason="an earlier stage stopped the run"),
         ],
         "metrics": {"accuracy": {"base": asdict(estimate([0, 0, 0, 1])), "policy": asdict(estimate([1, 1, 1, 0]))}},
-        "gate": {"passed": False, "reasons": [f"accuracy {EVIL}", "p=0.4"]},
+        "gate": gate("INCONCLUSIVE", claim("INCONCLUSIVE", f"accuracy {EVIL}"), claim("PASS", "p=0.4", asked="floor")),
         "retrain": None,
         "approval": {"decision": "refuse", "reviewer": EVIL, "reason": "no", "at": "2026-11-22 18:00 UTC", "run_id": "r"},
         "export": None,
@@ -100,10 +109,31 @@ def test_html_shows_each_models_share_with_its_interval(run, summary):
         assert ["accuracy", name, f"{e.value:.3f} [{e.low:.3f}, {e.high:.3f}]", "4"] in rows
 
 
-def test_html_shows_the_gate_and_each_reason(run, summary):
-    text = Cells(report.html(run, summary, {}, {})).text
-    assert "failed" in text and "p=0.4" in text
-    assert "passed" in Cells(report.html(run, summary | {"gate": {"passed": True, "reasons": []}}, {}, {})).text
+def test_html_shows_the_verdict_and_each_claim_with_its_numbers(run, summary):
+    page = Cells(report.html(run, summary, {}, {}))
+    assert "Gate: INCONCLUSIVE" in page.text and "p=0.4" in page.text and "number 3" in page.text
+    assert [
+        "INCONCLUSIVE",
+        "better than base | no champion yet",
+        "accuracy",
+        "40",
+        "+0.051",
+        "[-0.010, +0.110]",
+        "+0.020",
+    ] in page.rows
+    assert ["PASS", "floor", "accuracy", "40", "0.051", "[-0.010, 0.110]", "0.020"] in page.rows
+
+
+def test_html_of_a_gate_that_asked_nothing_says_so(run, summary):
+    text = Cells(report.html(run, summary | {"gate": gate("PASS")}, {}, {})).text
+    assert "PASS" in text and "Nothing was asked" in text
+
+
+def test_claim_without_numbers_has_none_in_its_row():
+    drifted = asdict(Claim("no drift between retrains", "FAIL", "a drop", "canary/reward", estimate=0.8, limit=0.15))
+    assert report.claim_cells(drifted) == ["FAIL", "no drift between retrains", "canary/reward", "", "+0.800", "", "+0.150"]
+    apart = asdict(Claim("comparable with champion", "INCONCLUSIVE", "other templates", "accuracy"))
+    assert report.claim_cells(apart)[3:] == ["", "", "", ""]
 
 
 def test_html_of_a_run_that_came_to_nothing_still_is_a_page(run, summary):
@@ -113,8 +143,9 @@ def test_html_of_a_run_that_came_to_nothing_still_is_a_page(run, summary):
 
 def test_html_shows_what_each_model_answers(run, summary, tmp_path):
     lines = [
-        f'{{"model": "{model}", "row": 0, "prompt": "sort <b>31</b>", "answer": "13", "completion": "{said}", "score": 0}}'
-        for model, said in (("base", "<i>31"), ("policy", "13"))
+        f'{{"metric": "{metric}", "model": "{model}", "row": 0, "prompt": "sort <b>31</b>", "answer": "13", '
+        f'"completion": "{said}", "score": 0}}'
+        for metric, model, said in (("accuracy", "base", "<i>31"), ("accuracy", "policy", "13"), ("reward/x", "sft", "other"))
     ]
     (tmp_path / "samples.jsonl").write_text("\n".join(lines) + "\n")
     evaluated = record("evaluate", artifact=str(tmp_path), metrics={"accuracy/policy": 1.0})
@@ -133,7 +164,10 @@ def test_markdown_has_a_row_for_every_stage_and_the_gates_reasons(run, summary):
     for stage in summary["stages"]:
         [row] = [line for line in text.splitlines() if line.startswith(f"| {stage['stage']} |")]
         assert stage["status"] in row
-    assert "p=0.4" in text and "quickstart" in text
+    assert "quickstart" in text and "**gate** INCONCLUSIVE" in text
+    rows = [line.replace("\\|", "") for line in text.splitlines() if "| accuracy |" in line]
+    assert [row.split(" | ")[0] for row in rows] == ["| INCONCLUSIVE", "| PASS"]
+    assert {row.count("|") for row in rows} == {len(report.CLAIM_HEAD) + 1}
 
 
 def test_markdown_row_of_a_reason_with_a_bar_has_as_many_columns_as_the_head(run, summary):

@@ -127,7 +127,7 @@ def test_nightly_run_sends_nothing_to_any_pool_while_its_rows_are_the_same_and_t
     with rows.open("a") as file:
         file.write('{"prompt": [{"role": "user", "content": "Sort: 90817263"}], "answer": "01236789"}\n')
     # the gate that nobody passes ends it before merge and export
-    code, changed, said = run(pools, *PLACED, data, "gates.accuracy_min=1.0", deployment="nightly")
+    code, changed, said = run(pools, *PLACED, data, "gates.floors={accuracy: 0.999}", deployment="nightly")
     status = {stage["stage"]: stage["status"] for stage in changed["stages"]}
     assert code == 6, said
     assert (status["sft"], status["validate-prompts"], status["grpo"], status["evaluate"]) == ("cached", "ran", "ran", "ran")

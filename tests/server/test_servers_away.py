@@ -13,7 +13,7 @@ from real_server import BIN, PROJECT, Server, answers, children, free_port, wait
 pytestmark = [pytest.mark.server, pytest.mark.timeout(600)]
 NUM_STEPS = 400
 SETTINGS = [f"recipe.sft.args.max_steps={NUM_STEPS}", "recipe.policy.args.max_steps=2", "recipe.reward_model.args.max_steps=8"]
-SETTINGS += ["gates.accuracy_min=1.0"]  # no such candidate: the run ends after its evaluation, as it should
+SETTINGS += ["gates.floors={accuracy: 0.999}"]  # no such candidate: the run ends after its evaluation, as it should
 GATE_FAILED = 6
 
 

@@ -68,7 +68,7 @@ def key(job_environment_with):
         ],
         ["placement.default.env={OMP_NUM_THREADS: '2'}"],
         JUDGED_OTHERWISE,
-        ["gates.accuracy_min=0.9", "gates.better_than=[base]", "gates.p_max=0.01"],
+        ["gates.floors={accuracy: 0.9}", "gates.better_than=[base]", "gates.p_max=0.01"],
     ],
     ids=["placement", "environment", "drift", "gates"],
 )

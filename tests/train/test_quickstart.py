@@ -85,7 +85,7 @@ def policy_beats_sft_beats_base(summary: dict) -> bool:
 
 def test_quickstart_from_nothing_learns_and_ends_in_a_served_export(first):
     assert statuses(first) == dict.fromkeys(STAGES, "ran")
-    assert (first["status"], first["exit_code"], first["gate"]["passed"]) == ("completed", 0, True)
+    assert (first["status"], first["exit_code"], first["gate"]["verdict"]) == ("completed", 0, "PASS")
     assert policy_beats_sft_beats_base(first)
     parity = json.loads((Path(first["export"]) / "parity.json").read_text())
     assert parity["greedy_match_ratio"] == 1.0 and parity["num_probes"] == 32
@@ -179,9 +179,9 @@ def outcome(home: Home, summary: dict) -> tuple[str, str]:
 
 
 def test_gate_failed_exits_6_and_releases_nothing(first, home):
-    summary, done = home.run("quickstart", "gates.accuracy_min=0.999")
+    summary, done = home.run("quickstart", "gates.floors={accuracy: 0.999}")
     assert done.returncode == summary["exit_code"] == 6
-    assert summary["gate"]["passed"] is False and "0.999" in summary["gate"]["reasons"][0]
+    assert summary["gate"]["verdict"] == "FAIL" and "0.999" in summary["gate"]["claims"][0]["text"]
     assert summary["export"] is None and statuses(summary)["merge"] == "skipped"
     assert outcome(home, summary) == ("FINISHED", "Failed")
 
@@ -208,7 +208,7 @@ def test_drift_settings_tightened_later_judge_the_stored_run_too(first, home):
 def test_rollback_goes_on_from_the_last_good_checkpoint_and_says_so(first, home):
     """Told to stop at the gate, for the time that merge and export would take."""
     saving = ["recipe.policy.args.save_strategy=steps", "recipe.policy.args.save_steps=1", "drift.on_halt=rollback"]
-    stop = ["gates.accuracy_min=0.999", "recipe.policy.args.learning_rate=0.01"]
+    stop = ["gates.floors={accuracy: 0.999}", "recipe.policy.args.learning_rate=0.01"]
     summary, done = home.run("quickstart", *TIGHT, *saving, *stop)
     assert done.returncode == 6, done.stderr
     grpo = next(record for record in summary["stages"] if record["stage"] == "grpo")

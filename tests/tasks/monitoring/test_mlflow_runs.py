@@ -71,6 +71,7 @@ def test_run_halted_on_drift_is_tagged_so(client):
 
 def test_run_whose_gate_failed_is_tagged_so(client):
     assert client.get_run(closed_by(GateFailed("p=0.4"))).data.tags["gate"] == "failed"
+    assert client.get_run(closed_by(GateFailed("p=0.4", inconclusive=True))).data.tags["gate"] == "inconclusive"
     assert "gate" not in client.get_run(closed_by(JobFailed("x"))).data.tags
 
 
