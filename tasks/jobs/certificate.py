@@ -24,7 +24,7 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 EPS = torch.finfo(torch.float32).eps  # 2^-23, twice the error of one operation in float32
-BLOCK = 1 << 19  # weights of a block: some ten float64 tensors of this size, 40 MB in all, are alive at once
+BLOCK = 1 << 17  # weights of a block: some ten float64 tensors of this size, 10 MB in all, are alive at once
 # What says how the adapter acts, and what says nothing about its weights; any other field must have PEFT's own default.
 FACTS = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out")
 NEUTRAL = {"task_type", "base_model_name_or_path", "revision", "inference_mode", "lora_dropout", "peft_version", "auto_mapping"}
@@ -70,11 +70,15 @@ class Update:
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter's config, its update of each adapted weight, and the tensors that replace the base's: name to key."""
+    """An adapter's config, its update of each adapted weight, and by name its keys of whole tensors.
+
+    Those of modules_to_save replace the base's; beside LoRA of an embedding or head PEFT keeps a copy of the base's.
+    """
 
     config: dict[str, Any]
     updates: dict[str, Update]
     replaced: dict[str, str]
+    copies: dict[str, str]
     path: Path
 
 
@@ -98,6 +102,9 @@ def certify(base_dir: Path, adapter_dir: Path, merged_dir: Path, dtype: str) -> 
     _assert_dtypes(base, merged, merged_dir, dtype)
     if dropped := sorted((adapter.updates.keys() | adapter.replaced.keys()) - merged.keys()):
         raise RuntimeError(f"the adapter changes {dropped[0]}, which the merged checkpoint does not have: it was dropped")
+    for name, key in adapter.copies.items():
+        if not _is_equal(name, base, key, {key: adapter.path}):
+            raise RuntimeError(f"the adapter has a copy of the base's {name} that differs: it was trained on another base")
     tally = Tally()
     for name in merged:
         if name in adapter.updates:
@@ -170,17 +177,20 @@ def read_adapter(folder: Path) -> Adapter:
     config = json.loads((Path(folder) / "adapter_config.json").read_text())
     _assert_known(config)
     parts: dict[str, dict[str, torch.Tensor]] = {}
-    replaced = {}
+    replaced, copies = {}, {}
     with safe_open(path, framework="pt") as file:
         for key in file.keys():  # noqa: SIM118  (no mapping)
             name = key.removeprefix("base_model.model.")
             if lora := LORA_KEY.fullmatch(name):
                 parts.setdefault(lora[1], {})[lora[2]] = file.get_tensor(key)
+            elif name.endswith(".base_layer.weight"):
+                copies[name.replace(".base_layer.weight", ".weight")] = key
             elif any(f"{module}." in name for module in config["modules_to_save"] or ()):
                 replaced[name] = key
             else:
                 raise RuntimeError(f"the adapter's tensor {key} belongs neither to LoRA nor to one of modules_to_save")
-    return Adapter(config, {f"{module}.weight": _update(module, own, config) for module, own in parts.items()}, replaced, path)
+    updates = {f"{module}.weight": _update(module, tensors, config) for module, tensors in parts.items()}
+    return Adapter(config, updates, replaced, copies, path)
 
 
 def _assert_known(config: dict[str, Any]) -> None:
@@ -192,20 +202,18 @@ def _assert_known(config: dict[str, Any]) -> None:
 
 
 def _update(module: str, tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> Update:
-    """Return the module's update. Of an embedding the file has A (r, rows) and B (width, r), and the rows are its outputs."""
-    magnitude = {"lora_magnitude_vector"} if config["use_dora"] else set()
-    if tensors.keys() == {"lora_embedding_A", "lora_embedding_B"}:
-        a, b = tensors["lora_embedding_B"].T, tensors["lora_embedding_A"].T
-    elif tensors.keys() == {"lora_A", "lora_B"} | magnitude:
-        a, b = tensors["lora_A"], tensors["lora_B"]
-    else:
+    """Return the module's update. An embedding's weight has a row for each token, its input, so it is transposed to B A."""
+    kind = "lora_embedding" if "lora_embedding_A" in tensors else "lora"
+    wanted = [f"{kind}_A", f"{kind}_B"] + ["lora_magnitude_vector"] * config["use_dora"]
+    if sorted(tensors) != wanted:
         raise RuntimeError(f"the adapter has {sorted(tensors)} for {module}, and use_dora is {config['use_dora']}")
+    a, b = (tensors[name] for name in wanted[:2])
     rank = _of_pattern(config["rank_pattern"], module, config["r"])
     if a.shape[0] != rank:
         raise RuntimeError(f"the adapter's rank for {module} is {a.shape[0]}, and adapter_config.json says {rank}")
     alpha = _of_pattern(config["alpha_pattern"], module, config["lora_alpha"])
     scale = alpha / (math.sqrt(rank) if config["use_rslora"] else rank)
-    return Update(scale, a, b, tensors.get("lora_magnitude_vector"), config["fan_in_fan_out"] and "lora_A" in tensors)
+    return Update(scale, a, b, tensors.get("lora_magnitude_vector"), config["fan_in_fan_out"] or kind == "lora_embedding")
 
 
 def _of_pattern(pattern: dict[str, Any], module: str, default: Any) -> Any:
@@ -297,7 +305,9 @@ def _assert_same_tensors(base_dir: Path, base: Files, merged_dir: Path, merged: 
     if is_tied and head in missing and _is_equal(head, base, embedding, base):
         missing -= {head}
     if missing or extra:
-        raise RuntimeError(f"the merged checkpoint lacks the base's {sorted(missing)[:3]} and has {sorted(extra)[:3]} beyond it")
+        raise RuntimeError(
+            f"the merged checkpoint lacks the base's {sorted(missing)[:3]} and has {sorted(extra)[:3]} beyond it"
+        )
     for name in merged:
         if _shape(name, base) != _shape(name, merged):
             raise RuntimeError(f"{name} has the shape {_shape(name, merged)}, and in the base {_shape(name, base)}")
@@ -337,7 +347,9 @@ def _assert_vocabulary(base_dir: Path, merged_dir: Path, merged: Files) -> None:
         raise RuntimeError(f"the tokenizer has the token {last!r} with the id {ours[last]}, and {name} has {rows} rows")
     theirs = AutoTokenizer.from_pretrained(base_dir).get_vocab()
     if odd := sorted(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token)):
-        raise RuntimeError(f"the token {odd[0]!r} has the id {ours.get(odd[0])}, and in the base's tokenizer {theirs.get(odd[0])}")
+        raise RuntimeError(
+            f"the token {odd[0]!r} has the id {ours.get(odd[0])}, and in the base's tokenizer {theirs.get(odd[0])}"
+        )
 
 
 def _assert_changed(tally: Tally, adapter: Adapter, dtype: str) -> None:

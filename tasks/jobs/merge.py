@@ -19,10 +19,12 @@ from tasks.jobs.models import BASE_FILE, load_base, load_tokenizer
 
 # How far the merged model, loaded again, may be from base + adapter on the probes: `kl_mean` is KL(base + adapter || merged) in
 # nats per token. bfloat16 keeps 8 bits of each merged weight. The probes are text: on token ids without sense a model amplifies
-# rounding (SmolLM2 in bfloat16: 52 logits of difference, on text 1.75).
+# rounding (SmolLM2 in bfloat16: 52 logits of difference). Two trained adapters of SmolLM2 on these 211 positions: 2e-11 nats,
+# 1.3e-4 logits and top-1 1.0 in float32; of three in bfloat16, where a near tie may turn, 0.007 nats, 1.72 logits and 0.948 at
+# worst. The base itself was 0.009 nats from one of them: the merged model must be nearer to base + adapter than the base is.
 LIMITS = {
-    "float32": {"kl_mean": 1e-5, "logits_max_abs_diff": 1e-2, "top_1_agreement": 0.98},
-    "bfloat16": {"kl_mean": 0.05, "logits_max_abs_diff": 4.0, "top_1_agreement": 0.8},
+    "float32": {"kl_mean": 1e-5, "logits_max_abs_diff": 1e-2, "top_1_agreement": 0.995},
+    "bfloat16": {"kl_mean": 0.05, "logits_max_abs_diff": 4.0, "top_1_agreement": 0.9},
 }
 PROBES = (
     "What does a careful engineer check before a release, and why?",
@@ -39,9 +41,10 @@ def main(spec: JobSpec) -> JobResult:
     assert_base(spec)
     refuse_quantised(Path(spec.inputs["base_model"]))
     probes = probe_ids(load_tokenizer(spec))
-    before = merge(spec, probes)
+    policy, untrained = merge(spec, probes)
+    gc.collect()  # PEFT's wrappers refer to each other: only this frees the merged model before the next one is loaded
     certificate = certify(Path(spec.inputs["base_model"]), Path(spec.inputs["policy"]), spec.output, spec.config["dtype"])
-    logits = agreement(before, reloaded_logits(spec, probes))
+    logits = agreement(policy, untrained, reloaded_logits(spec, probes))
     assert_agreement(logits, LIMITS[spec.config["dtype"]])
     certificate |= {"base_digest": spec.config["base_digest"], "logits": logits, "logits_limits": LIMITS[spec.config["dtype"]]}
     certificate |= measured(spec.output, started, resting) | {"versions": versions()}
@@ -49,23 +52,24 @@ def main(spec: JobSpec) -> JobResult:
     return done(scalars(certificate | logits | {"worst_weight_ratio": certificate["worst_weight"]["ratio"]}))
 
 
-def merge(spec: JobSpec, probes: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Write the merged checkpoint, and return base + adapter's logits (1, tokens, vocabulary) on each probe before the merge.
+def merge(spec: JobSpec, probes: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Write the merged checkpoint; return the logits that base + adapter, and the base alone, gave on each probe before.
 
-    One copy of the weights is in memory: the file's pages, which PEFT's sum replaces by their own. Without `safe_merge` PEFT adds
-    the float32 update to the weight and rounds once, which is bit for bit a merge in float32 and a cast; with it, it rounds the
-    update as well, and 0.9 % of SmolLM2's weights are not the nearest bfloat16 (peft#1836). The certificate looks for NaN.
+    One copy of the weights is in memory: the file's pages, which PEFT's sum replaces by its own. Without `safe_merge` PEFT adds
+    the float32 update to the weight and rounds once, which is bit for bit a merge in float32 and a cast. With it the update is
+    rounded too: 0.9 % of SmolLM2's weights were not the nearest bfloat16 (peft#1836). The certificate looks for NaN instead.
     """
     model = PeftModel.from_pretrained(load_base(spec), spec.inputs["policy"]).eval()
-    before = logits_of(model, probes)
+    policy = logits_of(model, probes)
+    with model.disable_adapter():
+        base = logits_of(model, probes)
     model.merge_and_unload().save_pretrained(str(spec.output), max_shard_size=MAX_SHARD_SIZE)
     load_tokenizer(spec).save_pretrained(str(spec.output))
-    return before
+    return policy, base
 
 
 def reloaded_logits(spec: JobSpec, probes: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Return the logits of what lies on disk, once the model that wrote it is gone."""
-    gc.collect()
+    """Return the logits (1, tokens, vocabulary) of what lies on disk, one tensor a probe."""
     model = AutoModelForCausalLM.from_pretrained(spec.output, dtype=getattr(torch, spec.config["dtype"]))
     return logits_of(model.eval(), probes)
 
@@ -84,23 +88,28 @@ def probe_ids(tokenizer: PreTrainedTokenizerBase) -> list[torch.Tensor]:
     return [tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"] for text in texts]
 
 
-def agreement(before: list[torch.Tensor], after: list[torch.Tensor]) -> dict[str, float]:
-    """Return how far the logits of two models (1, tokens, vocabulary; one tensor a probe) are apart, over all positions."""
-    diffs, kls, tops = [], [], []
-    for ours, theirs in zip(before, after, strict=True):
-        log_p, log_q = torch.log_softmax(ours.double(), -1), torch.log_softmax(theirs.double(), -1)
-        diffs.append((ours - theirs).abs().max())
-        kls.append((log_p.exp() * (log_p - log_q)).sum(-1).flatten())
-        tops.append((ours.argmax(-1) == theirs.argmax(-1)).double().flatten())
+def agreement(policy: list[torch.Tensor], base: list[torch.Tensor], merged: list[torch.Tensor]) -> dict[str, float]:
+    """Return how far the merged model's logits (1, tokens, vocabulary; one tensor a probe) are from base + adapter's."""
+    both = list(zip(policy, merged, strict=True))
     return {
-        "logits_max_abs_diff": torch.stack(diffs).max().item(),
-        "kl_mean": torch.cat(kls).mean().item(),
-        "top_1_agreement": torch.cat(tops).mean().item(),
+        "kl_mean": kl_mean(policy, merged),
+        "kl_mean_of_base": kl_mean(policy, base),
+        "logits_max_abs_diff": max((ours - theirs).abs().max().item() for ours, theirs in both),
+        "top_1_agreement": torch.cat([(p.argmax(-1) == q.argmax(-1)).double().flatten() for p, q in both]).mean().item(),
     }
 
 
+def kl_mean(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> float:
+    """Return KL(ours || theirs) in nats per token, over all positions of all probes."""
+    positions = []
+    for p, q in zip(ours, theirs, strict=True):
+        log_p, log_q = torch.log_softmax(p.double(), -1), torch.log_softmax(q.double(), -1)
+        positions.append((log_p.exp() * (log_p - log_q)).sum(-1).flatten())
+    return torch.cat(positions).mean().item()
+
+
 def assert_agreement(logits: dict[str, float], limits: dict[str, float]) -> None:
-    """Raise RuntimeError if the merged model answers otherwise than base + adapter; NaN does."""
+    """Raise RuntimeError if the merged model answers otherwise than base + adapter (NaN does), or rather as the base."""
     for name, limit in limits.items():
         holds = logits[name] >= limit if name == "top_1_agreement" else logits[name] <= limit
         if not holds:
@@ -108,6 +117,12 @@ def assert_agreement(logits: dict[str, float], limits: dict[str, float]) -> None
                 f"base + adapter and the merged checkpoint, loaded again, differ on the probes: {name} is {logits[name]:.4g} "
                 f"(limit {limit}). Its weights are base + (alpha / r) B A, so it is loaded or computed in another way."
             )
+    if not logits["kl_mean"] < logits["kl_mean_of_base"]:
+        raise RuntimeError(
+            f"the merged checkpoint is as far from the policy as the base: {logits['kl_mean']:.3g} nats per token on the "
+            f"probes, and {logits['kl_mean_of_base']:.3g}. What was trained is lost in rounding: set recipe.base_model.dtype: "
+            "float32, or train further."
+        )
 
 
 def assert_base(spec: JobSpec) -> None:
@@ -123,7 +138,7 @@ def assert_base(spec: JobSpec) -> None:
         here = spec.inputs["base_model"]
     if trained_on != here:
         raise RuntimeError(
-            f"the adapter was trained on the base {trained_on!r}, and the base here is {here!r}: the sum of the two is neither. "
+            f"the adapter was trained on the base {trained_on!r}, and the base here is {here!r}: their sum is neither. "
             f"Merge it into its own base; if that is this one, say so in {BASE_FILE} beside the adapter, with its digest."
         )
 
