@@ -76,7 +76,6 @@ def test_key_misspelt_in_a_list_is_refused_with_its_neighbour(smallest, write_pr
         ("recipe.policy.lora.lora_dropout", 1.0),
         ("recipe.policy.lora.rank_pattern.q_proj", 0),
         ("recipe.policy.lora.modules_to_save", []),
-        ("recipe.policy.lora.bias", "all"),
         ("recipe.base_model.dtype", "float16"),
         ("recipe.policy.method", "ppo"),
         ("recipe.datasets.eval.kind", "evals"),
