@@ -105,6 +105,7 @@ def test_every_tensor_of_an_allowed_adapter_trains_and_merges_to_the_formula(nam
     for key in base:
         assert torch.allclose(merged[key], merged_by_hand(key, base, adapter, lora), atol=1e-6), key
     assert result.metrics["num_adapted"] == sum("lora_A" in key for key in adapter) + sum(key in base for key in adapter)
+    assert result.metrics["num_changed"] == result.metrics["num_adapted"]
     assert result.metrics["worst_weight_ratio"] <= 1
 
 
@@ -178,6 +179,17 @@ def test_sft_refuses_a_chat_template_that_resizes_the_embedding(spec, made, tmp_
     args = TRAIN | {"learning_rate": 5e-3, "chat_template_path": str(tmp_path / "template")}
     with pytest.raises(RuntimeError, match="resized the embedding"):  # to the 23 tokens there are, from 32 rows
         sft.main(spec("sft", "sft", lora=LORA, args=args))
+
+
+@pytest.mark.parametrize(("rows", "tokens"), [(40, None), (32, {"embed_tokens": [3]})])
+def test_resized_embedding_and_trained_tokens_are_each_refused(rows, tokens, spec, made):
+    from tasks.jobs.models import refuse_unmergeable
+
+    base = AutoModelForCausalLM.from_pretrained(made / "base_model")
+    base.resize_token_embeddings(rows)
+    lora = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", trainable_token_indices=tokens)
+    with pytest.raises(RuntimeError, match="added tokens or resized"):
+        refuse_unmergeable(get_peft_model(base, lora), spec("sft"))
 
 
 # --- the certificate
@@ -257,6 +269,15 @@ def test_untouched_tensor_changed_in_one_bit_is_found(check, merged, name):
     tensors[name].view(torch.uint8).view(-1)[0] ^= 1
     write(merged, tensors)
     assert f"{name} is no adapted tensor, and it is not bit for bit the base's" in check()
+
+
+def test_zero_of_another_sign_in_an_untouched_tensor_is_found(check, merged, made, tmp_path):
+    base = shutil.copytree(made / "base_model", tmp_path / "base")
+    change(base, "model.norm.weight", 0, lambda _: 0.0)
+    change(merged, "model.norm.weight", 0, lambda _: -0.0)
+    assert "model.norm.weight is no adapted tensor" in check(base=base)
+    change(merged, "model.norm.weight", 0, lambda _: 0.0)
+    assert check(base=base)["num_tensors"] == 20
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16"], indirect=True)
