@@ -28,6 +28,24 @@ def _adapters(recipe: Recipe) -> Iterator[str]:
             "recipe.policy.lora is set but recipe.sft trains an adapter that the policy goes on with: the second LoRA "
             "would never be used. Remove recipe.policy.lora, or recipe.sft."
         )
+    yield from _modules_to_save(recipe)
+
+
+def _modules_to_save(recipe: Recipe) -> Iterator[str]:
+    policy = recipe.policy
+    for stage in ("sft", "reward_model", "policy"):
+        lora = getattr(getattr(recipe, stage), "lora", None)
+        if lora and lora.modules_to_save and recipe.base_model.dtype == "bfloat16":
+            yield (
+                f"recipe.{stage}.lora.modules_to_save is set but recipe.base_model.dtype is 'bfloat16': PEFT trains those "
+                "modules in bfloat16 itself, where a step below 1/256 of a weight is lost. Set dtype: float32, or drop it."
+            )
+    goes_on = recipe.sft is not None and recipe.sft.lora.modules_to_save and isinstance(policy, Grpo)
+    if goes_on and policy.rollouts != "transformers" and policy.args.get("beta"):
+        yield (
+            f"recipe.sft.lora.modules_to_save is set and recipe.policy.rollouts is {policy.rollouts!r}: with args.beta > 0 TRL "
+            "also sends the frozen reference's copies of those modules to vLLM, which has none. Set rollouts: transformers."
+        )
 
 
 def _rewards(recipe: Recipe) -> Iterator[str]:

@@ -1,6 +1,7 @@
 """The profile's types: `recipe` is identity, `drift` and `gates` judge it, `placement` says where it runs."""
 
 import math
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
@@ -93,14 +94,33 @@ class Datasets(Strict):
     eval: Dataset
 
 
+def _expressions(pattern: dict[str, int]) -> dict[str, int]:
+    """Refuse a key that is no regular expression: PEFT would find that out once the model is loaded."""
+    for key in pattern:
+        try:
+            re.compile(key)
+        except re.error as error:
+            raise ValueError(f"has the key {key!r}, which is no regular expression for module names: {error}") from None
+    return pattern
+
+
+Pattern = Annotated[dict[str, Annotated[int, Field(gt=0)]], AfterValidator(_expressions)]
+
+
 class Lora(Strict):
-    """PEFT's LoraConfig by its own names."""
+    """PEFT's LoraConfig by its own names; what is not here PEFT can train, but the merge certificate cannot prove."""
 
     r: int = Field(16, gt=0)
     lora_alpha: int = Field(32, gt=0)
     lora_dropout: float = Field(0.0, ge=0, lt=1)
     target_modules: str | list[str] = "all-linear"
     use_rslora: bool = False
+    use_dora: bool = Field(False, description="train each row's magnitude apart from its direction (arXiv:2402.09353)")
+    rank_pattern: Pattern = Field(default_factory=dict, description="other ranks, by a regular expression for the module's end")
+    alpha_pattern: Pattern = Field(default_factory=dict, description="other lora_alphas, likewise")
+    modules_to_save: list[str] | None = Field(
+        None, min_length=1, description="ends of names of modules to train whole, as lm_head, beside LoRA; float32 only"
+    )
 
 
 class Prepare(Strict):

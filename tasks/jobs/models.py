@@ -2,11 +2,14 @@
 
 import json
 import os
+import re
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from tasks.job_spec import JobSpec
 
@@ -57,6 +60,44 @@ def load_trainable(spec: JobSpec) -> tuple[PreTrainedModel, LoraConfig | None]:
 def lora_config(lora: dict[str, Any] | None, task_type: str) -> LoraConfig | None:
     """Return PEFT's config for the profile's LoRA block."""
     return None if lora is None else LoraConfig(task_type=task_type, **lora)
+
+
+def refuse_unmergeable(model: torch.nn.Module, spec: JobSpec) -> None:
+    """Raise RuntimeError, before the first step, at an adapter that could not be merged into the base as it is.
+
+    A name that matches no module is refused too: PEFT trains without it, with a warning at best.
+    """
+    if not isinstance(model, PeftModel) or model.peft_config["default"].task_type != "CAUSAL_LM":
+        return
+    config, base = model.peft_config["default"], model.get_base_model()
+    parts = (base.get_input_embeddings(), base.get_output_embeddings())
+    rows, here = AutoConfig.from_pretrained(spec.inputs["base_model"]).get_text_config().vocab_size, len(parts[0].weight)
+    if rows != here or config.trainable_token_indices:
+        raise RuntimeError(
+            f"args.chat_template_path added tokens or resized the embedding ({rows} rows in the base, {here} now): the merged "
+            "checkpoint would not be the base's shape. Put the tokens into the base model, or give a template without new ones."
+        )
+    is_adapted = any(isinstance(part, BaseTunerLayer | AuxiliaryTrainingWrapper) for part in parts)
+    if is_adapted and base.config.get_text_config().tie_word_embeddings:
+        raise RuntimeError(
+            "lora.target_modules or lora.modules_to_save has the embedding or the head, and this base ties the two: trained "
+            "apart they can no longer be one tensor. Leave both out, or untie the base model first."
+        )
+    _refuse_unmatched(config, base)
+
+
+def _refuse_unmatched(config: LoraConfig, base: torch.nn.Module) -> None:
+    adapted = [name for name, module in base.named_modules() if isinstance(module, BaseTunerLayer)]
+    whole = [name for name, module in base.named_modules() if isinstance(module, ModulesToSaveWrapper)]
+    for setting in ("rank_pattern", "alpha_pattern"):
+        for key in getattr(config, setting):
+            if not any(re.match(rf"(.*\.)?({key})$", name) for name in adapted):
+                raise RuntimeError(
+                    f"lora.{setting} has {key!r}, which is the end of no adapted module's name, as {adapted[0]!r}"
+                )
+    for end in config.modules_to_save or ():
+        if not any(name.endswith(end) for name in whole):
+            raise RuntimeError(f"lora.modules_to_save has {end!r}, and no module's name ends so: nothing would be trained")
 
 
 def save_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase, spec: JobSpec) -> None:

@@ -17,7 +17,7 @@ from tasks.jobs.canaries import add_canaries
 from tasks.jobs.conversations import with_tool_calls
 from tasks.jobs.governor import Governor, load_weights, settle
 from tasks.jobs.job import Interrupted, done
-from tasks.jobs.models import on_cpu
+from tasks.jobs.models import on_cpu, refuse_unmergeable
 
 _IDS = ("input_ids", "prompt_ids", "chosen_ids", "rejected_ids")
 FROZEN_TOLERANCE = 1e-4  # of a tensor's largest value: float32 rounding of hundreds of merges and unmerges is below 1e-6
@@ -68,8 +68,10 @@ def train(trainer: Trainer, spec: JobSpec, num_rows: int | None = None) -> JobRe
     `num_rows` is how many went in. TRL leaves out rows of which truncation leaves nothing to train on, and says so in the
     title of a progress bar: `data/dropped_rows` counts them (packing joins rows, so there it cannot be told).
     Told to end by SIGTERM it saves a checkpoint and raises Interrupted; the next job with the same `checkpoints` goes on there.
-    Raises Halted on drift, and RuntimeError if a trainable tensor did not change or a frozen one did.
+    Raises Halted on drift, and RuntimeError if a trainable tensor did not change or a frozen one did, or if the adapter could
+    not be merged.
     """
+    refuse_unmergeable(trainer.model, spec)
     governor = listened(trainer, spec)
     if spec.start_from:
         load_weights(trainer.model, spec.start_from)

@@ -12,6 +12,7 @@ TEXTS = {"path": "texts.jsonl", "kind": "language_modeling"}
 PROMPTS = {"path": "prompts.jsonl", "kind": "prompt_only"}
 HELD_OUT = {"path": "eval.jsonl", "kind": "eval"}
 SFT = {"lora": {"r": 8}}
+WHOLE = {"sft": {"lora": {"modules_to_save": ["lm_head"]}}, "policy.lora": None, "datasets.sft": DEMOS}
 LEARNED = [{"name": "exact_answer"}, {"name": "reward_model", "weight": 0.1}]
 DPO = {"method": "dpo", "lora": {"r": 8}}
 MADE = {"prepared": "made"}
@@ -46,6 +47,14 @@ CONTRADICTIONS = {
     "only rewards of weight 0": (
         {"policy.reward_functions": [{"name": "exact_answer", "weight": 0}]},
         ["recipe.policy.reward_functions"],
+    ),
+    "whole modules in bfloat16, where small steps are lost": (
+        {"policy.lora": {"modules_to_save": ["lm_head"]}, "base_model.dtype": "bfloat16"},
+        ["recipe.policy.lora.modules_to_save", "recipe.base_model.dtype", "bfloat16", "float32"],
+    ),
+    "whole modules of a frozen reference sent to vLLM": (
+        WHOLE | {"policy.args": {"beta": 0.04}},
+        ["recipe.sft.lora.modules_to_save", "recipe.policy.rollouts", "'auto'", "beta", "transformers"],
     ),
     "SFT without rows": ({"sft": SFT, "policy.lora": None}, ["recipe.datasets.sft", "prompt_completion"]),
     "SFT on pairs": (
@@ -218,6 +227,9 @@ FINE = {
     },
     "gate that asks nothing": {"gates.better_than": []},
     "SFT goes on in the policy": {"sft": SFT, "policy.lora": None, "datasets.sft": DEMOS, "gates.better_than": ["sft"]},
+    "whole modules without a reference": WHOLE | {"policy.args": {"beta": 0.0}, "drift.signals": {"kl": None}},
+    "whole modules without vLLM": WHOLE | {"policy.args": {"beta": 0.04}, "policy.rollouts": "transformers"},
+    "whole modules of a fresh policy": {"policy.lora": {"modules_to_save": ["lm_head"]}, "policy.args": {"beta": 0.04}},
     "SFT on plain texts": {"sft": SFT, "policy.lora": None, "datasets.sft": TEXTS},
     "reward model that is read": {"reward_model": {}, "policy.reward_functions": LEARNED, "datasets.preference": PAIRS},
     "DPO on pairs": {"policy": DPO, "datasets.preference": PAIRS},

@@ -74,6 +74,8 @@ def test_key_misspelt_in_a_list_is_refused_with_its_neighbour(smallest, write_pr
         ("recipe.seed", "many"),
         ("recipe.policy.lora.r", 0),
         ("recipe.policy.lora.lora_dropout", 1.0),
+        ("recipe.policy.lora.rank_pattern.q_proj", 0),
+        ("recipe.policy.lora.modules_to_save", []),
         ("recipe.base_model.dtype", "float16"),
         ("recipe.policy.method", "ppo"),
         ("recipe.datasets.eval.kind", "evals"),
@@ -108,6 +110,12 @@ def test_value_of_a_wrong_type_or_range_is_refused_by_its_setting(path, value, s
     text = refusal(write_profile(smallest))
     assert last in text
     assert str(value).strip("[]'") in text
+
+
+def test_pattern_that_is_no_regular_expression_is_refused(smallest, write_profile):
+    smallest["recipe"]["policy"]["lora"] = {"alpha_pattern": {"(q_proj": 4}}
+    text = refusal(write_profile(smallest))
+    assert "alpha_pattern" in text and "'(q_proj'" in text
 
 
 def test_two_wrong_settings_are_refused_together(smallest, write_profile):
