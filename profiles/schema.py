@@ -191,9 +191,21 @@ class Evaluate(Strict):
     win_rate: bool = Field(False, description="measure how often the reward model prefers the policy's answer")
 
 
+class Generation(Strict):
+    """The sampling defaults of the export, for requests that name none; by transformers' and vLLM's names."""
+
+    temperature: float = Field(0.0, ge=0, description="0: greedy, as evaluated")
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0, description="0: all tokens")
+    min_p: float = Field(0.0, ge=0, lt=1)
+    repetition_penalty: float = Field(1.0, gt=0)
+    max_new_tokens: int | None = Field(None, gt=0, description="null: up to max_model_len")
+
+
 class Export(Strict):
     """What plain `vllm serve` loads, and how the served model is compared with the trained one."""
 
+    generation: Generation = Generation()
     max_model_len: int = Field(1024, gt=0)
     num_probes: int = Field(16, gt=0)
     max_new_tokens: int = Field(32, gt=0)

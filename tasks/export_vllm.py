@@ -29,6 +29,12 @@ def export_stage(
         "base_model": origin.hub or base.digest[:12],
         "licence": origin.licence,
         "metrics": evaluation.metrics,
+        "lineage": {
+            "base model": base.digest,
+            f"policy ({policy.stage})": policy.digest,
+            "merged checkpoint": merged.digest,
+            "held-out rows": rows.digest,
+        },
     }
     config = with_model(profile.recipe, base, **profile.recipe.export.model_dump(), card=card)
     inputs = {"base_model": base, "policy": policy, "merge": merged, "rows": rows}

@@ -1,171 +1,175 @@
-"""Makes the folder that plain `vllm serve` loads, serves it on 127.0.0.1, and holds its answers against the policy's.
+"""Makes the folder that plain `vllm serve` loads, checks its files, serves it, and holds its answers against the policy's.
 
-`/health` is no proof: a server answers it with weights it failed to load. The proof is the same greedy text for the same
-rendered prompts from base + adapter in transformers and from the served export.
+`/health` is no proof: a server answers it with weights it failed to load. The proof is that each token of the served answers
+is the one that base + adapter writes there.
 """
 
 import json
-import os
 import shutil
-import signal
-import socket
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from openai import OpenAI
 from peft import PeftModel
-from transformers import GenerationConfig
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
+from tasks.fingerprints import file_digest
 from tasks.job_spec import JobResult, JobSpec
-from tasks.jobs.answers import generate
+from tasks.jobs import parity, served, vllm_cpu
+from tasks.jobs.answers import encoded
 from tasks.jobs.job import done, run
 from tasks.jobs.models import load_base, load_tokenizer, on_cpu
 from tasks.jobs.training import rows
 
-MATCH_MIN = {"float32": 1.0, "bfloat16": 0.75}  # bfloat16 logits tie, and the two engines break ties differently
+WEIGHTS = ("model*.safetensors", "model.safetensors.index.json")
+TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template.jinja")
+OURS = ("manifest.json", "certificate.json")  # the merge's own, not for a server
+GENERATION = "generation_config.json"
 
 
 def main(spec: JobSpec) -> JobResult:
     """Leave the export and parity.json; raise if the served model does not write what the trained one writes."""
-    write_export(spec)
-    with serving(spec) as client:
-        prompts = [row["prompt"] for _, row in zip(range(spec.config["num_probes"]), rows(spec, "rows"), strict=False)]
-        served = [ask(client, prompt, spec) for prompt in prompts]
-    trained = policy_answers(spec, prompts)
-    matches = [s == t for s, t in zip(served, trained, strict=True)]
-    parity = {"greedy_match_ratio": sum(matches) / len(matches), "num_probes": len(matches)}
-    samples = [{"prompt": p, "trained": t, "served": s} for p, t, s in zip(prompts, trained, served, strict=True)]
-    (spec.output / "parity.json").write_text(json.dumps(parity | {"samples": samples}, indent=1))
-    limit = MATCH_MIN[spec.config["dtype"]]
-    if parity["greedy_match_ratio"] < limit:
-        first = samples[matches.index(False)]
-        raise RuntimeError(
-            f"the served export is not the trained policy: {parity['greedy_match_ratio']:.2f} of the probes agree "
-            f"(limit {limit}). First difference: {first}"
-        )
-    serve = f"--dtype {spec.config['dtype']} --max-model-len {spec.config['max_model_len']}"
-    return done({name: float(value) for name, value in parity.items()}, samples=samples[:3], serve=serve)
-
-
-def write_export(spec: JobSpec) -> None:
-    """Copy the merged checkpoint and make explicit what vLLM would otherwise guess: sampling defaults and stop tokens."""
-    merged = Path(spec.inputs["merge"])
-    for path in merged.iterdir():
-        if path.name not in ("manifest.json", "certificate.json"):
-            shutil.copy2(path, spec.output / path.name)
     tokenizer = load_tokenizer(spec)
-    generation = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=False)
-    generation.save_pretrained(str(spec.output))
-    (spec.output / "README.md").write_text(model_card(spec))
+    _assert_servable(spec)
+    write_export(spec, tokenizer)
+    check_export(spec, tokenizer)
+    prompts = [row["prompt"] for _, row in zip(range(spec.config["num_probes"]), rows(spec, "rows"), strict=False)]
+    with served.serving(spec) as client:
+        defaults = served.sampling_defaults(client, prompts[0])
+        answers = [served.ask(client, prompt, spec.config["max_new_tokens"]) for prompt in prompts]
+    probes = read_by_policy(spec, tokenizer, prompts, answers)
+    summary = parity.verdict(probes, spec.config["dtype"])
+    summary["failures"] += parity.other_defaults(defaults, generation_config(spec, tokenizer))
+    summary["failures"] += served.lost_weights(spec.work / "vllm.log")
+    (spec.output / "parity.json").write_text(json.dumps(summary | {"probes": probes}, indent=1))
+    if summary["failures"]:
+        more = f" (and {len(summary['failures']) - 1} more)" if len(summary["failures"]) > 1 else ""
+        raise RuntimeError(f"the served export is not the trained policy: {summary['failures'][0]}{more}")
+    metrics = {name: float(value) for name, value in summary.items() if isinstance(value, int | float)}
+    return done(metrics, serve=" ".join(served.flags(spec)), chat_template=parity.digest(tokenizer.chat_template))
+
+
+def write_export(spec: JobSpec, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Copy the merged checkpoint, and make explicit what vLLM would otherwise guess: sampling defaults and stop tokens.
+
+    Raises RuntimeError for a file that a server has no use for, or that runs code when it is loaded.
+    """
+    for path in sorted(Path(spec.inputs["merge"]).iterdir()):
+        if path.name in (*OURS, GENERATION, "README.md"):
+            continue
+        if not any(path.match(pattern) for pattern in (*WEIGHTS, *TOKENIZER, "config.json")):
+            raise RuntimeError(
+                f"the merged checkpoint holds {path.name}, which is no file that vllm serve needs; it could be a pickle or "
+                "code that runs when the model is loaded. Remove it from the base model's folder, or convert it to safetensors."
+            )
+        shutil.copy2(path, spec.output / path.name)
+    (spec.output / GENERATION).write_text(json.dumps(generation_config(spec, tokenizer), indent=1) + "\n")
+    (spec.output / "README.md").write_text(model_card(spec), encoding="utf-8")
+
+
+def generation_config(spec: JobSpec, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Return the sampling defaults of the export.
+
+    `temperature` is always there: vLLM knows no `do_sample`, and samples at 1.0 where nothing is said
+    (vllm-project/vllm#15281). What is neutral is left out: transformers warns of it.
+    """
+    asked = spec.config["generation"]
+    kept = {name: value for name, value in asked.items() if value is not None and value != parity.SAMPLING.get(name)}
+    own = {"do_sample": asked["temperature"] > 0, "temperature": asked["temperature"]}
+    return kept | own | {"eos_token_id": [tokenizer.eos_token_id], "pad_token_id": tokenizer.pad_token_id}
+
+
+def check_export(spec: JobSpec, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Hold the written folder against the certified checkpoint and the trained tokenizer, before a server is started.
+
+    Raises RuntimeError that names the file, what is there and what belongs there.
+    """
+    for wrong in wrong_files(spec) or wrong_words(spec, tokenizer) or wrong_settings(spec, tokenizer):
+        raise RuntimeError(f"the export is not what was trained and certified: {wrong}")
+
+
+def wrong_files(spec: JobSpec) -> list[str]:
+    """Return how the weights differ from the certified ones, byte by byte."""
+    merged = Path(spec.inputs["merge"])
+    names = {path.name for folder in (merged, spec.output) for pattern in WEIGHTS for path in folder.glob(pattern)}
+    wrong = []
+    for name in sorted(names):
+        ours, theirs = spec.output / name, merged / name
+        if not ours.is_file() or not theirs.is_file():
+            wrong.append(f"{name} is in {'the merged checkpoint' if theirs.is_file() else 'the export'} alone.")
+        elif file_digest(ours) != file_digest(theirs):
+            wrong.append(f"{name} has other bytes than in the merged checkpoint.")
+    return wrong
+
+
+def wrong_words(spec: JobSpec, trained: PreTrainedTokenizerBase) -> list[str]:
+    """Return how the tokenizer and the chat template differ from those the policy was trained with."""
+    ours, wrong = AutoTokenizer.from_pretrained(spec.output), []
+    if changed := sorted(set(ours.get_vocab().items()) ^ set(trained.get_vocab().items())):
+        wrong.append(f"the tokenizer has other tokens, first {changed[0]}: their embeddings were not trained.")
+    if ours.chat_template != trained.chat_template:
+        digests = parity.digest(ours.chat_template), parity.digest(trained.chat_template)
+        wrong.append(f"the chat template is {digests[0]:.12}, the policy was trained with {digests[1]:.12}.")
+    if ours.eos_token_id != trained.eos_token_id:
+        wrong.append(
+            f"the tokenizer ends with token {ours.eos_token_id}, the policy learned to end with {trained.eos_token_id}."
+        )
+    return wrong
+
+
+def wrong_settings(spec: JobSpec, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Return how the two configuration files differ from what was asked."""
+    config = json.loads((spec.output / "config.json").read_text())
+    written, wanted, wrong = json.loads((spec.output / GENERATION).read_text()), generation_config(spec, tokenizer), []
+    for name in sorted(written.keys() | wanted.keys()):
+        if written.get(name) != wanted.get(name):
+            wrong.append(f"{GENERATION} says {name} {written.get(name)!r} where the profile says {wanted.get(name)!r}.")
+    if (dtype := config.get("dtype", config.get("torch_dtype"))) != spec.config["dtype"]:
+        wrong.append(f"config.json says dtype {dtype!r} where recipe.base_model.dtype is {spec.config['dtype']!r}.")
+    for name in ("config.json", "tokenizer_config.json"):
+        if "auto_map" in json.loads((spec.output / name).read_text()):
+            wrong.append(f"{name} has auto_map: loading it would run code that comes with the model.")
+    return wrong
+
+
+def read_by_policy(
+    spec: JobSpec, tokenizer: PreTrainedTokenizerBase, prompts: list[Any], answers: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Return each probe: the served answer, and what base + adapter makes of each token; one at a time, padding moves low bits."""
+    model = PeftModel.from_pretrained(load_base(spec), spec.inputs["policy"]).eval()
+    probes = []
+    with torch.inference_mode():
+        for prompt, answer in zip(prompts, answers, strict=True):
+            rendered = encoded(tokenizer, [prompt])["input_ids"][0].tolist()
+            whole = torch.tensor([rendered + answer["ids"]])
+            logits = model(whole).logits[0, len(rendered) - 1 : -1].float()
+            found = parity.judged(logits, answer, [tokenizer.eos_token_id])
+            probes.append({"prompt": prompt} | answer | {"rendered_ids": rendered} | found)
+    return probes
 
 
 def model_card(spec: JobSpec) -> str:
-    """Return the export's model card."""
+    """Return the export's model card: what it is, how well it does, what it was made of, and how it is served."""
     card = spec.config["card"]
-    accuracy = "\n".join(f"| {name} | {value:.3f} |" for name, value in card["metrics"].items())
+    metrics = "\n".join(f"| {name} | {value:.3f} |" for name, value in card["metrics"].items())
+    data = "\n".join(f"| {name} | {digest} |" for name, digest in card["lineage"].items())
+    sampling = json.dumps(spec.config["generation"])
     return (
         f"---\nlicense: {card['licence'] or 'unknown'}\nbase_model: {card['base_model']}\n---\n\n# {card['profile']}\n\n"
-        f"{card['description']}\n\n| held-out metric | value |\n|---|---|\n{accuracy}\n\n"
-        f"Served by `vllm serve DIR --dtype {spec.config['dtype']} --max-model-len {spec.config['max_model_len']}`; "
-        "lineage in manifest.json.\n"
+        f"{card['description']}\n\n| held-out metric | value |\n|---|---|\n{metrics}\n\n"
+        f"Served by `vllm serve DIR {' '.join(served.flags(spec))}`; sampling defaults {sampling}.\n\n"
+        f"Made of, by the digests of their bytes:\n\n| | |\n|---|---|\n{data}\n\n"
+        "manifest.json has the SHA-256 of every file here, and the versions of the libraries; parity.json is the proof that "
+        "the served model is the trained one.\n"
     )
 
 
-@contextmanager
-def serving(spec: JobSpec) -> Iterator[OpenAI]:
-    """Yield a client of `vllm serve` on the export; the server and all its processes are gone afterwards."""
-    port = free_port()
-    log = spec.work / "vllm.log"
-    with log.open("wb") as file:
-        process = subprocess.Popen(
-            serve_command(spec, port), stdout=file, stderr=subprocess.STDOUT, env=serve_environment(), start_new_session=True
-        )
-    try:
-        wait_until_ready(process, port, spec.config["startup_timeout_seconds"], log)
-        yield OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
-    finally:
-        stop(process)
-
-
-def serve_command(spec: JobSpec, port: int) -> list[str]:
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(spec.output)]
-    command += ["--served-model-name", "policy", "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--max-model-len", str(spec.config["max_model_len"]), "--dtype", spec.config["dtype"]]
-    return [*command, "--enforce-eager"] if on_cpu() else command
-
-
-def serve_environment() -> dict[str, str]:
-    """Return our environment without the launcher's: vLLM would take its ranks and addresses for its own."""
-    ours = (
-        "RANK",
-        "LOCAL_RANK",
-        "WORLD_SIZE",
-        "LOCAL_WORLD_SIZE",
-        "MASTER_ADDR",
-        "MASTER_PORT",
-        "ACCELERATE_",
-        "TORCHELASTIC_",
-    )
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
-    return {"VLLM_CPU_KVCACHE_SPACE": "1", **kept}
-
-
-def wait_until_ready(process: subprocess.Popen, port: int, timeout_seconds: int, log: Path) -> None:
-    """Return when the server answers; raise with the end of its log if it exits or takes too long."""
-    end = time.monotonic() + timeout_seconds
-    while time.monotonic() < end and process.poll() is None:
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
-                return
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.5)
-    tail = "\n".join(log.read_text(errors="replace").splitlines()[-8:])
-    what = f"did not answer within {timeout_seconds} s" if process.poll() is None else f"exited with {process.returncode}"
-    raise RuntimeError(f"vllm serve {what}. The end of {log}:\n{tail}")
-
-
-def stop(process: subprocess.Popen) -> None:
-    """End the server's whole process group: its engine outlives the API process otherwise (vllm-project/vllm#34643)."""
-    for number, seconds in ((signal.SIGTERM, 15), (signal.SIGKILL, 15)):
-        try:
-            os.killpg(process.pid, number)
-        except ProcessLookupError:
-            break
-        try:
-            process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            continue
-    process.wait()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def ask(client: OpenAI, prompt: str | list[dict[str, Any]], spec: JobSpec) -> str:
-    """Return the served model's greedy answer, through the chat API for conversational prompts."""
-    common = {"model": "policy", "temperature": 0.0, "max_tokens": spec.config["max_new_tokens"]}
-    if isinstance(prompt, str):
-        return client.completions.create(prompt=prompt, **common).choices[0].text
-    return client.chat.completions.create(messages=prompt, **common).choices[0].message.content or ""
-
-
-def policy_answers(spec: JobSpec, prompts: list[Any]) -> list[str]:
-    """Return what base + adapter writes to the same prompts in transformers, one at a time: padding moves low bits."""
-    tokenizer = load_tokenizer(spec)
-    model = PeftModel.from_pretrained(load_base(spec), spec.inputs["policy"]).eval()
-    with torch.inference_mode():
-        return [generate(model, tokenizer, [p], spec.config["max_new_tokens"])[0] for p in prompts]
+def _assert_servable(spec: JobSpec) -> None:
+    """Say before the minute that a server's start takes what vLLM refuses."""
+    config = AutoConfig.from_pretrained(spec.inputs["merge"])
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if on_cpu() and (why := vllm_cpu.obstacle(head_dim)):
+        raise RuntimeError(f"vLLM cannot serve this model here: {why}. Export it on a GPU pool, or take another base model.")
 
 
 if __name__ == "__main__":

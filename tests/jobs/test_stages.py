@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_recipe import LORA, TRAIN
 
+from profiles.schema import Generation
 from tasks.jobs import without_vllm  # noqa: F401  (before any trainer is imported)
 
 pytestmark = pytest.mark.job
@@ -151,7 +152,9 @@ def merged(spec, sft_adapter):
 
 
 EXPORT = {"max_model_len": 64, "num_probes": 8, "max_new_tokens": 8, "startup_timeout_seconds": 300}
+EXPORT |= {"generation": Generation().model_dump()}
 CARD = {"profile": "test", "description": "", "base_model": "tiny", "licence": None, "metrics": {"accuracy/policy": 0.5}}
+CARD |= {"lineage": {}}
 
 
 @pytest.mark.timeout(600)
