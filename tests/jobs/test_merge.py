@@ -435,6 +435,8 @@ def test_merge_into_a_quantised_base_is_refused_before_it_is_loaded(spec, sft_ad
     (tmp_path / "quantised" / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "gptq"}}))
     with pytest.raises(RuntimeError, match="Dequantise the base first"):
         merge.main(spec("merge", None, {"policy": sft_adapter, "base_model": str(tmp_path / "quantised")}))
+    with pytest.raises(RuntimeError, match="Dequantise the base first"):
+        certify(tmp_path / "quantised", sft_adapter, tmp_path, "float32")
 
 
 def test_agreement_is_over_all_positions_of_all_probes():
@@ -442,11 +444,10 @@ def test_agreement_is_over_all_positions_of_all_probes():
 
     # position 1: p = (1/2, 1/2), q = (3/4, 1/4); position 2, in another probe: both (1/4, 3/4)
     even, tilted, same = (torch.tensor([[p]]).log() for p in ([0.5, 0.5], [0.75, 0.25], [0.25, 0.75]))
-    found = agreement(policy=[even, same], base=[even, same], merged=[tilted, same])
+    found = agreement([even, same], [tilted, same])
     assert found["kl_mean"] == pytest.approx((0.5 * math.log(0.5 / 0.75) + 0.5 * math.log(0.5 / 0.25)) / 2, abs=1e-6)
-    assert found["kl_mean_of_base"] == 0
     assert found["logits_max_abs_diff"] == pytest.approx(math.log(2))  # log 1/2 against log 1/4
-    assert agreement([tilted, same], [same, same], [same, same])["top_1_agreement"] == 0.5
+    assert agreement([tilted, same], [same, same])["top_1_agreement"] == 0.5
 
 
 def test_merged_checkpoint_that_computes_otherwise_when_loaded_again_is_refused(spec, sft_adapter):
@@ -455,12 +456,16 @@ def test_merged_checkpoint_that_computes_otherwise_when_loaded_again_is_refused(
 
     job = spec("merge", None, {"policy": sft_adapter})
     probes = merge.probe_ids(load_tokenizer(job))
-    (policy, base), limits = merge.merge(job, probes), merge.LIMITS["float32"]
-    merge.assert_agreement(merge.agreement(policy, base, merge.reloaded_logits(job, probes)), limits)
+    (policy, kl_of_base), limits = merge.merge(job, probes), merge.LIMITS["float32"]
+
+    def compare() -> dict[str, float]:
+        return merge.agreement(policy, merge.reloaded_logits(job, probes)) | {"kl_mean_of_base": kl_of_base}
+
+    merge.assert_agreement(compare(), limits)
     config = json.loads((job.output / "config.json").read_text())
     (job.output / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-2}))
     with pytest.raises(RuntimeError, match="loaded again, differ on the probes: kl_mean"):
-        merge.assert_agreement(merge.agreement(policy, base, merge.reloaded_logits(job, probes)), limits)
+        merge.assert_agreement(compare(), limits)
 
 
 @pytest.mark.parametrize("name", ["kl_mean", "logits_max_abs_diff", "top_1_agreement"])
