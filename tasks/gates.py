@@ -162,7 +162,10 @@ def _compared(metric: str, policy: np.ndarray, scores: np.ndarray, other: Other,
 def _more(rows: int | None, n: int) -> str:
     if rows is None:
         return "The estimate lies on the limit itself: no number of rows would tell the two apart."
-    return f"About {max(rows, n + 1):,} rows would decide it with power 0.8, if the true value is the one seen (Connor 1987)."
+    rows = max(rows, n + 1)
+    unit = 10 ** max(len(str(rows)) - 2, 0)
+    about = f"{-(-rows // unit) * unit:,}"  # two digits, rounded up: the estimate is no finer than that
+    return f"About {about} rows would decide it with power 0.8, if the true value is the one seen (Connor 1987)."
 
 
 def _measured(arrays: Arrays, asked: str, setting: str) -> str:

@@ -65,6 +65,11 @@ def test_policy_with_the_champions_answers_is_a_tie_however_many_rows_there_are(
     assert claim.verdict == "INCONCLUSIVE" and "tie" in claim.text and "rows would decide" not in claim.text
 
 
+def test_rows_that_would_decide_it_are_told_to_two_digits():
+    """25 gained and 15 lost of 200 take Connor's 493 rows (tests/tasks/test_paired.py): 500."""
+    assert "About 500 rows" in only(paired(25, 15, 100, 60)).text
+
+
 def test_gain_and_loss_on_as_many_rows_is_decided_by_no_number_of_rows():
     claim = only(paired(50, 50, 900))
     assert claim.verdict == "INCONCLUSIVE" and "no number of rows" in claim.text
@@ -98,7 +103,7 @@ def test_base_stands_in_for_a_champion_that_is_not_there_and_the_claim_says_so()
     assert guard.verdict == "PASS" and "no champion yet" in guard.text
 
 
-@pytest.mark.parametrize(("least", "verdict"), [(0.82, "PASS"), (0.85, "INCONCLUSIVE"), (0.95, "FAIL")])
+@pytest.mark.parametrize(("least", "verdict"), [(0.82, "PASS"), (0.85, "INCONCLUSIVE"), (0.94, "INCONCLUSIVE"), (0.95, "FAIL")])
 def test_floor_is_held_against_the_interval(least, verdict):
     """90 of 100 right: Wilson's interval is 0.8256 to 0.9448, so 0.9 itself is no answer to 0.85."""
     claim, e = (
