@@ -135,7 +135,7 @@ def wrong_settings(spec: JobSpec, tokenizer: PreTrainedTokenizerBase) -> list[st
 def read_by_policy(
     spec: JobSpec, tokenizer: PreTrainedTokenizerBase, prompts: list[Any], answers: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Return each probe: the served answer, and what base + adapter makes of each token; one at a time, padding moves low bits."""
+    """Return each probe: the served answer, and what base + adapter makes of each token; unpadded, for the low bits."""
     model = PeftModel.from_pretrained(load_base(spec), spec.inputs["policy"]).eval()
     probes = []
     with torch.inference_mode():

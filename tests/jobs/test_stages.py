@@ -7,7 +7,6 @@ import torch
 from safetensors.torch import load_file
 from tiny_recipe import LORA, TRAIN
 
-from profiles.schema import Generation
 from tasks.jobs import without_vllm  # noqa: F401  (before any trainer is imported)
 
 pytestmark = pytest.mark.job
@@ -141,37 +140,3 @@ def test_evaluate_of_pairs_prefers_what_the_model_was_trained_to_say(spec, sft_a
     result = evaluate.main(spec("evaluate", "preference", {"policy": sft_adapter}, **config))
     assert set(result.metrics) == {"preference_accuracy/base", "preference_accuracy/policy"}
     assert all(0 <= value <= 1 for value in result.metrics.values())
-
-
-@pytest.fixture
-def merged(spec, sft_adapter):
-    from tasks.jobs import merge
-
-    job = spec("merge", None, {"policy": sft_adapter})
-    return job, merge.main(job)
-
-
-EXPORT = {"max_model_len": 64, "num_probes": 8, "max_new_tokens": 8, "startup_timeout_seconds": 300}
-EXPORT |= {"generation": Generation().model_dump()}
-CARD = {"profile": "test", "description": "", "base_model": "tiny", "licence": None, "metrics": {"accuracy/policy": 0.5}}
-CARD |= {"lineage": {}}
-
-
-@pytest.mark.timeout(600)
-def test_export_is_served_by_vllm_and_answers_like_the_trained_policy(spec, sft_adapter, merged):
-    from tasks.jobs import export
-
-    inputs = {"policy": sft_adapter, "merge": str(merged[0].output)}
-    job = spec("export", "eval", inputs, **EXPORT, card=CARD)
-    result = export.main(job)
-    assert result.metrics["greedy_match_ratio"] == 1.0
-    assert not list(job.output.glob("*.bin")) and (job.output / "model.safetensors").is_file()
-
-
-@pytest.mark.timeout(600)
-def test_export_of_the_base_instead_of_the_policy_is_caught_by_its_answers(spec, sft_adapter, made):
-    from tasks.jobs import export
-
-    inputs = {"policy": sft_adapter, "merge": str(made / "base_model")}
-    with pytest.raises(RuntimeError, match="not the trained policy"):
-        export.main(spec("export", "eval", inputs, **EXPORT, card=CARD))
