@@ -128,7 +128,7 @@ def skipped(run: PipelineRun, by_stage: dict[str, StageRecord]) -> list[StageRec
 def gate_candidate(run: PipelineRun, policy: Artifact, evaluation: Artifact) -> None:
     """Judge the policy on the evaluation's scores and against the last accepted ones; raises GateFailed with every reason."""
     metric = run.profile.recipe.evaluate.metric
-    scores = read_scores(evaluation / "samples.jsonl")
+    scores = read_scores(evaluation / "samples.jsonl", metric)
     verdict = gates.judge(scores, run.profile.gates, metric)
     canaries = {name: v for name, v in (policy.metrics | evaluation.metrics).items() if name in retrains.SIGNALS}
     key = policy.details.get("canaries", "")
@@ -150,12 +150,13 @@ def gate_candidate(run: PipelineRun, policy: Artifact, evaluation: Artifact) -> 
         raise GateFailed("the candidate is not released: " + "; ".join(verdict.reasons))
 
 
-def read_scores(samples: Path) -> dict[str, list[int]]:
-    """Return each model's 0/1 scores in row order."""
+def read_scores(samples: Path, metric: str) -> dict[str, list[int]]:
+    """Return each model's 0/1 scores by a metric in row order."""
     scores: dict[str, list[int]] = {}
     with samples.open(encoding="utf-8") as file:
         for line in map(json.loads, file):
-            scores.setdefault(line["model"], []).append(line["score"])
+            if line["metric"] == metric:
+                scores.setdefault(line["model"], []).append(line["score"])
     return scores
 
 

@@ -82,7 +82,8 @@ def test_summary_names_the_export_once_there_is_one(run):
 
 def test_scores_of_each_model_keep_the_order_of_the_rows(tmp_path):
     """The gate's test is paired: a row's scores must meet."""
-    lines = [{"model": model, "row": row, "score": score} for row, scores in enumerate([(0, 1), (1, 1), (0, 0)])
+    lines = [{"metric": metric, "model": model, "row": row, "score": score}
+             for metric in ("accuracy", "reward/near_answer") for row, scores in enumerate([(0, 1), (1, 1), (0, 0)])
              for model, score in zip(("base", "policy"), scores, strict=True)]  # fmt: skip
     (tmp_path / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert read_scores(tmp_path / "samples.jsonl") == {"base": [0, 1, 0], "policy": [1, 1, 0]}
+    assert read_scores(tmp_path / "samples.jsonl", "accuracy") == {"base": [0, 1, 0], "policy": [1, 1, 0]}
