@@ -104,7 +104,7 @@ def run_stages(run: PipelineRun) -> None:
     rows = data["prompts" if isinstance(recipe.policy, Grpo) else "preference"]
     policy = done(run, start(train_policy, run, base, sft, rows, reward_model, held_out))
 
-    evaluation = done(run, start(evaluate_policy, run, base, sft, policy, held_out))
+    evaluation = done(run, start(evaluate_policy, run, base, sft, policy, held_out, reward_model))
     gate_candidate(run, policy, run.store.fetch(evaluation))
     merged = done(run, start(merge_lora, run, base, policy))
     done(run, start(export_vllm, run, base, policy, merged, held_out, evaluation))

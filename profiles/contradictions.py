@@ -55,11 +55,16 @@ def _rewards(recipe: Recipe) -> Iterator[str]:
             "recipe.policy.reward_functions names reward_model but recipe.reward_model is absent: nobody trains it. "
             "Add recipe.reward_model, or drop that reward."
         )
-    if recipe.reward_model is not None and not used:
+    if recipe.evaluate.win_rate and recipe.reward_model is None:
+        yield (
+            "recipe.evaluate.win_rate is true but recipe.reward_model is absent: nobody judges the answers. "
+            "Add recipe.reward_model, or set win_rate to false."
+        )
+    if recipe.reward_model is not None and not used and not recipe.evaluate.win_rate:
         yield (
             f"recipe.reward_model is trained but recipe.policy.method {policy.method!r} does not read it: the stage "
             "would be paid for nothing. Drop recipe.reward_model (--set recipe.reward_model=null), or add "
-            "{name: reward_model} to recipe.policy.reward_functions."
+            "{name: reward_model} to recipe.policy.reward_functions, or set recipe.evaluate.win_rate."
         )
     if isinstance(policy, Grpo) and _blind(policy):
         yield (

@@ -179,16 +179,31 @@ Policy = Annotated[Grpo | Dpo, Field(discriminator="method")]
 
 
 class Evaluate(Strict):
-    """Greedy answers of base, SFT and policy to the same held-out rows."""
+    """Greedy answers of base, SFT, policy and champion to the same held-out rows, and lm-eval's tasks beside them."""
 
     metric: Literal["accuracy", "preference_accuracy"] = "accuracy"
     scorer: str = Field("exact_answer", description="reward function whose score of 1.0 counts as right")
+    rewards: list[str] = Field(default_factory=list, description="reward functions, each the metric `reward/<name>`")
+    win_rate: bool = Field(False, description="let recipe.reward_model judge the policy's answers against the others'")
     max_new_tokens: int = Field(64, gt=0)
     max_length: int = Field(1024, gt=0, description="preference_accuracy: longer pairs are cut there, and counted")
     batch_size: int = Field(32, gt=0)
-    rewards: list[str] = Field(default_factory=list, description="reward functions measured beside the metric")
-    tasks: list[str] = Field(default_factory=list, description="tasks of lm-evaluation-harness measured beside the metric")
-    win_rate: bool = Field(False, description="measure how often the reward model prefers the policy's answer")
+    tasks: list[str] = Field(default_factory=list, description="tasks, groups or tags of lm-eval, or of `task_folder`")
+    task_folder: str | None = Field(None, description="lm-eval tasks of one's own: YAML files and their data, in one folder")
+    num_fewshot: int | None = Field(None, ge=0, description="examples before each question of a task; null: the task's own")
+    limit: int | None = Field(None, gt=0, description="only the first rows of each task")
+
+    @model_validator(mode="after")
+    def _each_setting_is_read(self) -> "Evaluate":
+        idle = [name for name in ("task_folder", "num_fewshot", "limit") if getattr(self, name) is not None]
+        if idle and not self.tasks:
+            raise ValueError(f"{idle[0]} is set but tasks is empty: nothing would read it. Name the tasks, or drop it")
+        for name, given in (("rewards", self.rewards), ("tasks", self.tasks)):
+            if twice := [item for item in given if given.count(item) > 1]:
+                raise ValueError(f"{name} has {twice[0]!r} twice: its rows would count twice. Drop one")
+        if "reward_model" in self.rewards:
+            raise ValueError("rewards has 'reward_model', which is no function: its judgement is win_rate. Set win_rate: true")
+        return self
 
 
 class Generation(Strict):

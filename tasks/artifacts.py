@@ -299,6 +299,14 @@ def local_model(setting: str, path: Path) -> Artifact:
     return Artifact(stage="base_model", path=str(path.resolve()), fingerprint=digest[:12], digest=digest)
 
 
+def task_folder(path: Path) -> Artifact:
+    """Return a folder of lm-eval tasks as an input, identified by its bytes; raises ProfileError if there is none."""
+    if not path.is_dir():
+        raise ProfileError(f"recipe.evaluate.task_folder is {str(path)!r}: there is no such folder (looked from {Path.cwd()}).")
+    digest = tree_digest(path)
+    return Artifact("task_folder", str(path.resolve()), digest[:12], digest)
+
+
 def refuse_unusable_model(setting: str, path: Path) -> None:
     """Raise ProfileError if a folder lacks what every stage loads from a base model."""
     problem = _model_problem(path)

@@ -7,7 +7,7 @@ from typing import Any
 
 from profiles.load import InvalidProfile, accelerate_file, load
 from profiles.schema import STAGES, Grpo, Profile, Recipe, StagePlacement
-from tasks.artifacts import disk_errors, refuse_unusable_model
+from tasks.artifacts import disk_errors, refuse_unusable_model, task_folder
 from tasks.environment import home
 from tasks.errors import MachineUnfit, ProfileError
 from tasks.fingerprints import PROJECT, code_digest, fingerprint, library_versions
@@ -101,6 +101,8 @@ def check_paths(recipe: Recipe) -> None:
             raise ProfileError(
                 f"recipe.datasets.{name}.path is {dataset.path!r}: there is no such file or folder (looked from {Path.cwd()})."
             )
+    if recipe.evaluate.task_folder:
+        task_folder(Path(recipe.evaluate.task_folder))
 
 
 def question(recipe: Recipe) -> dict[str, Any]:
@@ -109,7 +111,7 @@ def question(recipe: Recipe) -> dict[str, Any]:
     stages["policy"] = (recipe.policy.method, recipe.policy)
     args = {f"recipe.{where}": [CONFIG_CLASS[name], stage.args] for where, (name, stage) in stages.items() if stage}
     rewards = [r.name for r in recipe.policy.reward_functions] if isinstance(recipe.policy, Grpo) else []
-    return {"args": args, "rewards": [*rewards, recipe.evaluate.scorer]}
+    return {"args": args, "rewards": [*rewards, recipe.evaluate.scorer, *recipe.evaluate.rewards]}
 
 
 def _ask(python: str, env: dict[str, str], asked: dict[str, Any]) -> list[str]:

@@ -1,10 +1,12 @@
-"""Ask base, SFT and policy the same held-out questions."""
+"""Ask base, SFT, policy and champion the same held-out questions."""
+
+from pathlib import Path
 
 from prefect import State, task
 from prefect.cache_policies import NO_CACHE
 
 from profiles.schema import Profile
-from tasks.artifacts import Artifact
+from tasks.artifacts import Artifact, task_folder
 from tasks.build import Stage, build
 from tasks.champion import choose_opponent
 from tasks.pipeline_run import PipelineRun
@@ -14,15 +16,20 @@ from tasks.train_policy import judge
 
 @task(task_run_name="evaluate", tags=["stage:evaluate"], cache_policy=NO_CACHE, persist_result=False)
 def evaluate_policy(
-    run: PipelineRun, base: Artifact, sft: Artifact | None, policy: Artifact, rows: Artifact
+    run: PipelineRun,
+    base: Artifact,
+    sft: Artifact | None,
+    policy: Artifact,
+    rows: Artifact,
+    reward_model: Artifact | None = None,
 ) -> Artifact | State:
-    """Return every model's answer to every row (samples.jsonl); metrics are shares in [0, 1].
+    """Return every model's score on every row of every metric (samples.jsonl); metrics are their means.
 
-    `canary/kl_to_champion` is the policy's KL to the profile's champion, if there is one. Raises ReleaseFailed if the store
-    has lost the champion's export.
+    The champion, if there is one, is asked the same. `canary/kl_to_champion` is the policy's KL to it. Raises ReleaseFailed if
+    the store has lost the champion's export.
     """
     champion = choose_opponent(run, policy).export
-    stage = evaluate_stage(run.profile, base, sft, policy, rows, champion)
+    stage = evaluate_stage(run.profile, base, sft, policy, rows, champion, reward_model)
     return build(run, stage, run.profile.placement.of("evaluate"))
 
 
@@ -33,11 +40,18 @@ def evaluate_stage(
     policy: Artifact,
     rows: Artifact,
     champion: Artifact | None,
+    reward_model: Artifact | None = None,
 ) -> Stage:
-    recipe = profile.recipe
+    """Return the stage; `champion` is an export (full weights), `reward_model` is read if `win_rate` asks for it.
+
+    A task folder is an input like the rows: its bytes, not its place, are what the evaluation is keyed on.
+    """
+    recipe, asked = profile.recipe, profile.recipe.evaluate
     given = {"base_model": base, "sft": sft, "policy": policy, "rows": rows, "champion": champion}
+    given |= {"reward_model": reward_model if asked.win_rate else None}
+    given |= {"task_folder": task_folder(Path(asked.task_folder)) if asked.task_folder else None}
     inputs = {name: artifact for name, artifact in given.items() if artifact is not None}
-    asked = judge(profile, rows)["canaries"]
-    canaries = {"canaries": {name: asked[name] for name in ("num_prompts", "max_new_tokens", "batch_size")}} if champion else {}
-    config = with_model(recipe, base, **recipe.evaluate.model_dump(), **canaries)
+    canaries = judge(profile, rows)["canaries"]
+    compared = {"canaries": {name: canaries[name] for name in ("num_prompts", "max_new_tokens", "batch_size")}}
+    config = with_model(recipe, base, **asked.model_dump(exclude={"task_folder"}), **(compared if champion else {}))
     return Stage("evaluate", "tasks.jobs.evaluate", config, inputs, recipe.seed)

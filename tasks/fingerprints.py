@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "trl", "peft", "accelerate", "datasets", "vllm")
-LIBRARIES += ("reasoning-gym", "math-verify")
+LIBRARIES += ("reasoning-gym", "math-verify", "lm-eval")
 PROJECT = Path(__file__).resolve().parents[1]
 
 

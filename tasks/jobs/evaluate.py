@@ -1,106 +1,175 @@
-"""Asks base, SFT and policy the same held-out questions and keeps every answer.
+"""Asks base, SFT, policy and champion the same held-out questions and keeps every answer.
 
-Greedy decoding, so nothing is random; the adapters are switched on one loaded base, so nothing else differs.
+Greedy decoding, so nothing is random. Base, SFT and policy are adapters switched on one loaded base, so nothing else differs;
+the champion is the export that is served, with its own weights, tokenizer and chat template.
 """
 
 import hashlib
+import inspect
 import json
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
 from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tasks.job_spec import JobResult, JobSpec
 from tasks.jobs import without_vllm  # noqa: F401
 from tasks.jobs.answers import SEED, generate, log_probabilities, samples, scores_of, slices
 from tasks.jobs.job import done, run
-from tasks.jobs.models import load_base, load_tokenizer, on_cpu
+from tasks.jobs.models import load_base, load_reward_model, load_tokenizer, load_whole, on_cpu, tokenizer_of
 from tasks.jobs.rewards import find_reward
 from tasks.jobs.training import rows
 
 Row = dict[str, Any]
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Speaker:
+    """One of the compared models; those with adapters share `model`, in which `speaking` switches theirs on."""
+
+    name: str
+    model: PreTrainedModel | PeftModel
+    tokenizer: PreTrainedTokenizerBase
 
 
 def main(spec: JobSpec) -> JobResult:
-    """Leave samples.jsonl (one line per row and model); metrics are `<metric>/<model>` in [0, 1]."""
-    tokenizer = load_tokenizer(spec)
-    model = load_models(spec)
-    data, metric = rows(spec, "rows"), spec.config["metric"]
-    judge = answers if metric == "accuracy" else preferences
-    metrics: dict[str, float] = {}
-    with (spec.output / "samples.jsonl").open("w", encoding="utf-8") as file:
-        for name in ("base", *(name for name in model.peft_config if name != "champion")):
-            with speaking(model, name):
-                lines = judge(model, tokenizer, data, spec.config)
-            metrics[f"{metric}/{name}"] = sum(line["score"] for line in lines) / len(lines)
-            named = {"metric": metric, "model": name}
-            file.writelines(json.dumps(named | {"row": i} | line) + "\n" for i, line in enumerate(lines))
+    """Leave samples.jsonl: a line per metric, model and row. Metrics are `<metric>/<model>`: their means, and what has no rows.
+
+    What can be wrong with the settings is raised before a model is loaded. `details["comparable"]` says by model what must be
+    equal for two scores to mean the same: the chat template, and the hash of every lm-eval task as it was asked.
+    """
+    data, tasks = rows(spec, "rows"), find_tasks(spec)
+    refuse_unanswerable(spec.config, data.column_names)
+    speakers = load_speakers(spec)
+    lines, scalars, comparable, texts = [], {}, {}, {}
+    for speaker in speakers:
+        with speaking(speaker):
+            own, texts[speaker.name] = asked(speaker, data, spec.config)
+            more, values, hashes = harness_results(speaker, tasks, spec, chat=isinstance(data[0]["prompt"], list))
+        lines += [{"model": speaker.name} | line for line in own + more]
+        scalars |= {f"{metric}/{speaker.name}": value for metric, value in values.items()}
+        comparable[speaker.name] = {"chat_template": template_digest(speaker.tokenizer), "tasks": hashes}
+    if spec.config["win_rate"]:
+        won, values = win_rates(spec, data["prompt"], texts)
+        lines, scalars = lines + won, scalars | values
     if "champion" in spec.inputs:
-        metrics["canary/kl_to_champion"] = kl_to_champion(model, tokenizer, data, spec.config["canaries"])
-    template = hashlib.sha256((tokenizer.chat_template or "").encode()).hexdigest()
-    comparable = {name: {"chat_template": template, "tasks": {}} for name in ("base", *model.peft_config)}
-    return done(metrics, num_rows=len(data), device=str(model.device), comparable=comparable)
+        scalars |= canary_of_champion(speakers, data, spec.config["canaries"])
+    with (spec.output / "samples.jsonl").open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
+    device = str(speakers[0].model.device)
+    return done(means(lines) | scalars, num_rows=len(data), device=device, comparable=comparable)
 
 
-def kl_to_champion(model: PeftModel, tokenizer: Any, data: Dataset, settings: Row) -> float:
-    """Return KL(policy || champion) on the policy's own answers to the canaries, in nats per token."""
-    prompts = data.select(range(min(settings["num_prompts"], len(data))))["prompt"]
-    torch.manual_seed(SEED)
-    kl = tokens = 0.0
-    for start in range(0, len(prompts), settings["batch_size"]):
-        with speaking(model, "policy"):
-            whole = samples(model, tokenizer, prompts[start : start + settings["batch_size"]], settings["max_new_tokens"])
-        for batch in slices(model, whole):
-            with speaking(model, "policy"):
-                logp = log_probabilities(model, batch)
-            with speaking(model, "champion"):
-                other = log_probabilities(model, batch)
-            kl += (logp.exp() * (logp - other)).sum(-1)[batch["mask"]].sum().item()
-            tokens += batch["mask"].sum().item()
-    return kl / tokens
+def means(lines: list[Row]) -> dict[str, float]:
+    """Return `<metric>/<model>`: the mean score over the rows."""
+    scores: dict[str, list[float]] = {}
+    for line in lines:
+        scores.setdefault(f"{line['metric']}/{line['model']}", []).append(line["score"])
+    return {name: sum(own) / len(own) for name, own in scores.items()}
 
 
-def load_models(spec: JobSpec) -> PeftModel:
-    """Return the base with each trained adapter under its stage's name; none is active yet."""
-    names = [name for name in ("sft", "policy", "champion") if name in spec.inputs]
-    model = PeftModel.from_pretrained(load_base(spec), spec.inputs[names[0]], adapter_name=names[0])
-    for name in names[1:]:
+def refuse_unanswerable(config: Row, columns: list[str]) -> None:
+    """Raise ValueError if a reward function asks for a column that the held-out rows do not have."""
+    scorer = [("scorer", config["scorer"])] if config["metric"] == "accuracy" else []
+    for setting, name in [*scorer, *(("rewards", name) for name in config["rewards"])]:
+        wanted = [
+            p.name
+            for p in inspect.signature(find_reward(name)).parameters.values()
+            if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+        ]
+        if missing := [column for column in wanted if column not in ("prompts", "completions", *columns)]:
+            raise ValueError(
+                f"recipe.evaluate.{setting} has {name!r}, which reads {missing[0]!r}; the held-out rows have "
+                f"{', '.join(columns)}. Map a column to it in recipe.datasets.eval.columns, or drop the function."
+            )
+
+
+def load_speakers(spec: JobSpec) -> list[Speaker]:
+    """Return base, SFT, policy and champion, as far as they are inputs, in this order."""
+    tokenizer, adapters = load_tokenizer(spec), [name for name in ("sft", "policy") if name in spec.inputs]
+    model = PeftModel.from_pretrained(load_base(spec), spec.inputs[adapters[0]], adapter_name=adapters[0])
+    for name in adapters[1:]:
         model.load_adapter(spec.inputs[name], adapter_name=name)
+    speakers = [Speaker(name, in_place(model), tokenizer) for name in ("base", *adapters)]
+    if folder := spec.inputs.get("champion"):
+        speakers.append(Speaker("champion", in_place(load_whole(folder, spec)), tokenizer_of(folder)))
+    return speakers
+
+
+def in_place(model: torch.nn.Module) -> Any:
+    """Return the model where this job computes, ready to answer."""
     return model.to("cpu" if on_cpu() else "cuda").eval()
 
 
 @contextmanager
-def speaking(model: PeftModel, name: str) -> Iterator[None]:
-    """Let the base, or one of the adapters, answer inside the block."""
-    if name != "base":
-        model.set_adapter(name)
-    with torch.inference_mode(), model.disable_adapter() if name == "base" else nullcontext():
+def speaking(speaker: Speaker) -> Iterator[None]:
+    """Let one of the models answer inside the block."""
+    has_adapters = isinstance(speaker.model, PeftModel)
+    if has_adapters and speaker.name != "base":
+        speaker.model.set_adapter(speaker.name)
+    bare = has_adapters and speaker.name == "base"
+    with torch.inference_mode(), speaker.model.disable_adapter() if bare else nullcontext():
         yield
 
 
-def answers(model: PeftModel, tokenizer: Any, data: Dataset, config: Row) -> list[Row]:
+def asked(speaker: Speaker, data: Dataset, config: Row) -> tuple[list[Row], list[str]]:
+    """Return a model's lines of the primary metric and of every reward function, and its greedy answers if some read them."""
+    is_accuracy = config["metric"] == "accuracy"
+    needs_texts = is_accuracy or config["rewards"] or config["win_rate"]
+    texts = completions(speaker, data["prompt"], config) if needs_texts else []
+    lines = answers(texts, data, config) if is_accuracy else preferences(speaker.model, speaker.tokenizer, data, config)
+    for name in config["rewards"]:
+        lines += reward_lines(name, texts, data)
+    return lines, texts
+
+
+def completions(speaker: Speaker, prompts: list[Any], config: Row) -> list[str]:
+    """Return each prompt's greedy completion."""
+    texts: list[str] = []
+    for start in range(0, len(prompts), config["batch_size"]):
+        batch = prompts[start : start + config["batch_size"]]
+        texts += generate(speaker.model, speaker.tokenizer, batch, config["max_new_tokens"])
+    return texts
+
+
+def answers(texts: list[str], data: Dataset, config: Row) -> list[Row]:
     """Return each row's greedy completion and its score: 1 if the scorer gives it 1.0, else 0."""
-    scorer, lines = find_reward(config["scorer"]), []
-    for start in range(0, len(data), config["batch_size"]):
-        batch = data[start : start + config["batch_size"]]
-        texts = generate(model, tokenizer, batch["prompt"], config["max_new_tokens"])
-        scores = scores_of(scorer, texts, batch)
-        lines += [
-            {"prompt": prompt, "completion": text, "answer": answer, "score": int(score == 1.0)}
-            for prompt, text, answer, score in zip(batch["prompt"], texts, batch["answer"], scores, strict=True)
-        ]
-    return lines
+    scores = scores_of(find_reward(config["scorer"]), texts, data[:])
+    return [
+        {"metric": "accuracy", "row": i, "score": int(score == 1.0), "prompt": prompt, "completion": text, "answer": answer}
+        for i, (prompt, text, answer, score) in enumerate(zip(data["prompt"], texts, data["answer"], scores, strict=True))
+    ]
+
+
+def reward_lines(name: str, texts: list[str], data: Dataset) -> list[Row]:
+    """Return a reward function's value of each row's completion; raises RuntimeError where it gives none."""
+    scores = scores_of(find_reward(name), texts, data[:])
+    if None in scores:
+        raise RuntimeError(
+            f"recipe.evaluate.rewards: {name} gives no score to row {scores.index(None)}, so the models cannot be compared on "
+            "every row. Take such rows out of the eval set, or drop the function."
+        )
+    return [
+        {"metric": f"reward/{name}", "row": i, "score": float(score), "response": text}
+        for i, (text, score) in enumerate(zip(texts, scores, strict=True))
+    ]
 
 
 def preferences(model: PeftModel, tokenizer: Any, data: Dataset, config: Row) -> list[Row]:
     """Return for each pair whether the chosen reply is the likelier one, by mean log probability per token."""
     lines = []
-    for row in data:
+    for i, row in enumerate(data):
         chosen, rejected = (mean_logp(model, tokenizer, row["prompt"], row[side], config) for side in ("chosen", "rejected"))
-        lines.append({"prompt": row["prompt"], "margin": chosen - rejected, "score": int(chosen > rejected)})
+        score, margin = int(chosen > rejected), chosen - rejected
+        lines.append({"metric": "preference_accuracy", "row": i, "score": score, "prompt": row["prompt"], "margin": margin})
     return lines
 
 
@@ -119,6 +188,87 @@ def mean_logp(model: PeftModel, tokenizer: Any, prompt: Any, reply: Any, config:
         )
     logp = torch.log_softmax(model(ids).logits[0, len(start) - 1 : -1].float(), dim=-1)
     return logp.gather(-1, ids[0, len(start) :, None]).mean().item()
+
+
+def find_tasks(spec: JobSpec) -> Any:
+    """Return the lm-eval tasks with their data, None if none are asked for: importing lm-eval takes seconds."""
+    if not spec.config["tasks"]:
+        return None
+    from tasks.jobs import harness
+
+    folder = Path(spec.inputs["task_folder"]) if "task_folder" in spec.inputs else None
+    return harness.load_tasks(spec.config["tasks"], folder, spec.work / "cache")
+
+
+def harness_results(
+    speaker: Speaker, tasks: Any, spec: JobSpec, chat: bool
+) -> tuple[list[Row], dict[str, float], dict[str, str]]:
+    """Return a model's lines, its metrics without rows, and the hash of each lm-eval task."""
+    if tasks is None:
+        return [], {}, {}
+    from tasks.jobs import harness
+
+    found = harness.run_tasks(tasks, speaker.model, speaker.tokenizer, spec.config, seed=spec.seed, chat=chat)
+    return found.lines, found.scalars, found.hashes
+
+
+def win_rates(spec: JobSpec, prompts: list[Any], texts: dict[str, list[str]]) -> tuple[list[Row], dict[str, float]]:
+    """Return the policy's lines against SFT and champion, judged by the reward model, and the length-controlled rates."""
+    from tasks.jobs import win_rate
+
+    tokenizer, judge = load_tokenizer(spec), in_place(load_reward_model(spec))
+    judge.config.pad_token_id = tokenizer.pad_token_id
+    judged = {
+        name: list(zip(own, win_rate.reward_scores(judge, tokenizer, prompts, own, spec.config["batch_size"]), strict=True))
+        for name, own in texts.items()
+        if name != "base"
+    }
+    lines, scalars = [], {}
+    for other in (name for name in judged if name != "policy"):
+        won = win_rate.compare(judged["policy"], judged[other])
+        lines += [{"model": "policy", "metric": f"win_rate/{other}", "row": i} | line for i, line in enumerate(won)]
+        deltas = [line["length"] - line["other_length"] for line in won]
+        scalars[f"win_rate_lc/{other}/policy"] = win_rate.length_controlled([line["score"] for line in won], deltas)
+    return lines, scalars
+
+
+def canary_of_champion(speakers: list[Speaker], data: Dataset, settings: Row) -> dict[str, float]:
+    """Return `canary/kl_to_champion`, or nothing where the two models do not speak in the same tokens."""
+    by_name = {speaker.name: speaker for speaker in speakers}
+    policy, champion = by_name["policy"], by_name["champion"]
+    widths = [speaker.model.config.vocab_size for speaker in (policy, champion)]
+    if policy.tokenizer.get_vocab() != champion.tokenizer.get_vocab() or widths[0] != widths[1]:
+        log.warning("canary/kl_to_champion is left out: policy and champion have different vocabularies")
+        return {}
+    if not settings["num_prompts"]:
+        return {}
+    return {"canary/kl_to_champion": kl_to_champion(policy, champion, data, settings)}
+
+
+def kl_to_champion(policy: Speaker, champion: Speaker, data: Dataset, settings: Row) -> float:
+    """Return KL(policy || champion) on the policy's own answers to the canaries, in nats per token."""
+    prompts = data.select(range(min(settings["num_prompts"], len(data))))["prompt"]
+    torch.manual_seed(SEED)
+    kl = tokens = 0.0
+    for start in range(0, len(prompts), settings["batch_size"]):
+        batch = prompts[start : start + settings["batch_size"]]
+        with speaking(policy):
+            whole = samples(policy.model, policy.tokenizer, batch, settings["max_new_tokens"])
+        for part in slices(policy.model, whole):
+            with speaking(policy):
+                logp = log_probabilities(policy.model, part)
+            with speaking(champion):
+                other = log_probabilities(champion.model, part)
+            kl += (logp.exp() * (logp - other)).sum(-1)[part["mask"]].sum().item()
+            tokens += part["mask"].sum().item()
+    return kl / tokens
+
+
+def template_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the SHA-256 of a tokenizer's chat template; one without has that of the empty text."""
+    template = tokenizer.chat_template or ""
+    text = template if isinstance(template, str) else json.dumps(template, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 if __name__ == "__main__":

@@ -6,13 +6,13 @@ Departures from the paper are TRL's own and chosen by its arguments: `loss_type`
 import logging
 from typing import Any
 
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoConfig
 
 from tasks.job_spec import JobResult, JobSpec
 from tasks.jobs import vllm_cpu
 from tasks.jobs.callbacks import FrozenWeights
 from tasks.jobs.job import done, run
-from tasks.jobs.models import load_tokenizer, load_trainable, on_cpu, save_adapter
+from tasks.jobs.models import load_reward_model, load_tokenizer, load_trainable, on_cpu, save_adapter
 from tasks.jobs.rewards import find_reward
 from tasks.jobs.training import rows, train, trl_args
 
@@ -65,13 +65,6 @@ def choose_rollouts(spec: JobSpec) -> tuple[str, str | None]:
     if asked == "vllm":
         raise RuntimeError(f"recipe.policy.rollouts is 'vllm' but {why}; set it to transformers or auto")
     return "transformers", why
-
-
-def load_reward_model(spec: JobSpec) -> PreTrainedModel:
-    """Return the trained reward model under the name that its metrics get: rewards/reward_model/mean, …"""
-    model = AutoModelForSequenceClassification.from_pretrained(spec.inputs["reward_model"], num_labels=1)
-    model.config._name_or_path = "reward_model"
-    return model
 
 
 def _assert_synced(metrics: dict[str, float]) -> None:

@@ -9,7 +9,14 @@ import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from tasks.job_spec import JobSpec
 
@@ -27,22 +34,38 @@ def load_tokenizer(spec: JobSpec) -> PreTrainedTokenizerBase:
     SFT may have changed it (`eos_token`, `chat_template_path`), and what follows must speak as it learned to. One without a
     padding token pads with its EOS token; TRL masks by length.
     """
-    trained_with = spec.inputs.get("policy") or spec.inputs.get("sft") or spec.inputs["base_model"]
-    tokenizer = AutoTokenizer.from_pretrained(trained_with)
+    return tokenizer_of(spec.inputs.get("policy") or spec.inputs.get("sft") or spec.inputs["base_model"])
+
+
+def tokenizer_of(folder: str) -> PreTrainedTokenizerBase:
+    """Return a folder's tokenizer; one without a padding token pads with its EOS token."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
 def load_base(spec: JobSpec) -> PreTrainedModel:
-    """Return the base model in the recipe's dtype; on the CPU its head gets its input in one piece.
+    """Return the base model in the recipe's dtype."""
+    return load_whole(spec.inputs["base_model"], spec)
+
+
+def load_whole(folder: str, spec: JobSpec) -> PreTrainedModel:
+    """Return a folder's full weights in the recipe's dtype; on the CPU the head gets its input in one piece.
 
     Generation and TRL keep only some positions, and of such a slice PyTorch 2.13 makes one product per row, which in bfloat16
     takes 5.3 s where one product of all takes 0.09 s (48 rows of 25 positions, 49,152 tokens).
     """
-    model = AutoModelForCausalLM.from_pretrained(spec.inputs["base_model"], dtype=getattr(torch, spec.config["dtype"]))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, spec.config["dtype"]))
     if on_cpu():
         model.get_output_embeddings().register_forward_pre_hook(lambda head, inputs: (inputs[0].contiguous(),))
+    return model
+
+
+def load_reward_model(spec: JobSpec) -> PreTrainedModel:
+    """Return the trained reward model under the name that its metrics get: rewards/reward_model/mean, …"""
+    model = AutoModelForSequenceClassification.from_pretrained(spec.inputs["reward_model"], num_labels=1)
+    model.config._name_or_path = "reward_model"
     return model
 
 

@@ -12,9 +12,9 @@ from tasks.monitoring import mlflow_runs
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """One database for this file: making one takes some seconds. The client is kept for a process's life, so let it go."""
-    mlflow_runs._client.cache_clear()
+    mlflow_runs.client.cache_clear()
     yield tmp_path_factory.mktemp("mlflow")
-    mlflow_runs._client.cache_clear()
+    mlflow_runs.client.cache_clear()
 
 
 @pytest.fixture
