@@ -40,11 +40,18 @@ def plan(profile: Profile) -> list[dict[str, Any]]:
     policy = look.stage(
         recipe.policy.method, policy_stage, base, sft, rows, reward_model, held_out, needed=[base, rows, *needed]
     )
-    needed = [base, policy, held_out, *([sft] if recipe.sft else []), *([reward_model] if recipe.evaluate.win_rate else [])]
-    champion = find_opponent(profile.name, store(), policy).export if policy else None
-    asked = (base, sft, policy, held_out, champion, reward_model)
-    evaluation = look.stage("evaluate", evaluate_stage, *asked, needed=needed)
     merged = look.stage("merge", merge_stage, base, policy)
+    needed = [
+        base,
+        policy,
+        merged,
+        held_out,
+        *([sft] if recipe.sft else []),
+        *([reward_model] if recipe.evaluate.win_rate else []),
+    ]
+    champion = find_opponent(profile.name, store(), policy).export if policy else None
+    asked = (base, sft, policy, merged, held_out, champion, reward_model)
+    evaluation = look.stage("evaluate", evaluate_stage, *asked, needed=needed)
     look.stage("export", export_stage, base, policy, merged, held_out, evaluation)
     return look.rows
 

@@ -1,4 +1,4 @@
-"""The whole pipeline on one screen: validate, SFT, reward model, policy, evaluate, gate, merge, export, promote."""
+"""The whole pipeline on one screen: validate, SFT, reward model, policy, merge, evaluate, gate, export, promote."""
 
 from typing import Annotated, Any
 
@@ -104,9 +104,9 @@ def run_stages(run: PipelineRun) -> None:
     rows = data["prompts" if isinstance(recipe.policy, Grpo) else "preference"]
     policy = done(run, start(train_policy, run, base, sft, rows, reward_model, held_out))
 
-    evaluation = done(run, start(evaluate_policy, run, base, sft, policy, held_out, reward_model))
-    gate_candidate(run, policy, run.store.fetch(evaluation))
     merged = done(run, start(merge_lora, run, base, policy))
+    evaluation = done(run, start(evaluate_policy, run, base, sft, policy, merged, held_out, reward_model))
+    gate_candidate(run, policy, run.store.fetch(evaluation))
     done(run, start(export_vllm, run, base, policy, merged, held_out, evaluation))
 
 

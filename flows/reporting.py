@@ -132,7 +132,7 @@ def skipped(run: PipelineRun, by_stage: dict[str, StageRecord]) -> list[StageRec
     recipe = run.profile.recipe
     reasons = {"sft": None if recipe.sft else "not in the recipe"}
     reasons |= {"reward_model": None if recipe.reward_model else "not in the recipe"}
-    stages = ["sft", "reward_model", recipe.policy.method, "evaluate", "merge", "export", "promote"]
+    stages = ["sft", "reward_model", recipe.policy.method, "merge", "evaluate", "export", "promote"]
     late = "an earlier stage stopped the run"
     return [StageRecord(s, "skipped", reason=reasons.get(s) or late) for s in stages if s not in by_stage]
 

@@ -20,6 +20,7 @@ def evaluate_policy(
     base: Artifact,
     sft: Artifact | None,
     policy: Artifact,
+    merged: Artifact,
     rows: Artifact,
     reward_model: Artifact | None = None,
 ) -> Artifact | State:
@@ -29,7 +30,7 @@ def evaluate_policy(
     the store has lost the champion's export.
     """
     champion = choose_opponent(run, policy).export
-    stage = evaluate_stage(run.profile, base, sft, policy, rows, champion, reward_model)
+    stage = evaluate_stage(run.profile, base, sft, policy, merged, rows, champion, reward_model)
     return build(run, stage, run.profile.placement.of("evaluate"))
 
 
@@ -38,16 +39,18 @@ def evaluate_stage(
     base: Artifact,
     sft: Artifact | None,
     policy: Artifact,
+    merged: Artifact,
     rows: Artifact,
     champion: Artifact | None,
     reward_model: Artifact | None = None,
 ) -> Stage:
-    """Return the stage; `champion` is an export (full weights), `reward_model` is read if `win_rate` asks for it.
+    """Return the stage; `policy` is read for its tokenizer, `merged` for its weights.
 
+    `champion` is an export (full weights), and `reward_model` is read if `win_rate` asks for it.
     A task folder is an input like the rows: its bytes, not its place, are what the evaluation is keyed on.
     """
     recipe, asked = profile.recipe, profile.recipe.evaluate
-    given = {"base_model": base, "sft": sft, "policy": policy, "rows": rows, "champion": champion}
+    given = {"base_model": base, "sft": sft, "policy": policy, "merge": merged, "rows": rows, "champion": champion}
     given |= {"reward_model": reward_model if asked.win_rate else None}
     given |= {"task_folder": task_folder(Path(asked.task_folder)) if asked.task_folder else None}
     inputs = {name: artifact for name, artifact in given.items() if artifact is not None}

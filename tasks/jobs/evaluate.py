@@ -1,7 +1,8 @@
 """Asks base, SFT, policy and champion the same held-out questions and keeps every answer.
 
-Greedy decoding, so nothing is random. Base, SFT and policy are adapters switched on one loaded base, so nothing else differs;
-the champion is the export that is served, with its own weights, tokenizer and chat template.
+Greedy decoding, so nothing is random. SFT is an adapter switched on the loaded base. The policy is the merged checkpoint, which
+is what will be served: in bfloat16 a merge rounds most of a small update away, and base + adapter would be judged in its place.
+The champion is the export that is served, with its own weights, tokenizer and chat template.
 """
 
 import hashlib
@@ -94,11 +95,11 @@ def refuse_unanswerable(config: Row, columns: list[str]) -> None:
 
 def load_speakers(spec: JobSpec) -> list[Speaker]:
     """Return base, SFT, policy and champion, as far as they are inputs, in this order."""
-    tokenizer, adapters = load_tokenizer(spec), [name for name in ("sft", "policy") if name in spec.inputs]
-    model = PeftModel.from_pretrained(load_base(spec), spec.inputs[adapters[0]], adapter_name=adapters[0])
-    for name in adapters[1:]:
-        model.load_adapter(spec.inputs[name], adapter_name=name)
-    speakers = [Speaker(name, in_place(model), tokenizer) for name in ("base", *adapters)]
+    tokenizer, base = load_tokenizer(spec), load_base(spec)
+    sft = spec.inputs.get("sft")
+    model = in_place(PeftModel.from_pretrained(base, sft, adapter_name="sft") if sft else base)
+    speakers = [Speaker(name, model, tokenizer) for name in ("base", *(["sft"] if sft else []))]
+    speakers.append(Speaker("policy", in_place(load_whole(spec.inputs["merge"], spec)), tokenizer))
     if folder := spec.inputs.get("champion"):
         speakers.append(Speaker("champion", in_place(load_whole(folder, spec)), tokenizer_of(folder)))
     return speakers

@@ -123,6 +123,8 @@ def load_tasks(names: list[str], folder: Path | None, cache: Path) -> Tasks:
         if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
             what = "runs code that a model wrote" if getattr(task, "UNSAFE_CODE", False) else "asks about images or sound"
             raise ValueError(f"recipe.evaluate.tasks has {name!r}, which {what}: it cannot run here. Drop it from the list.")
+        if lost := [metric for metric, aggregate in task.aggregation().items() if aggregate is None]:
+            raise ValueError(f"the task {name!r} aggregates {lost[0]!r} by a name that lm-eval does not know: mend its YAML.")
     return Tasks(names, manager, leaves)
 
 

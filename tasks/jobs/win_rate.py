@@ -58,7 +58,8 @@ def length_controlled(scores: list[float], length_deltas: list[int]) -> float:
 
     AlpacaEval 2's length control (Dubois et al. 2024, arXiv:2404.04475, section 3): a logistic regression of the outcome on
     tanh(length difference / its standard deviation), read at a difference of 0. With a single pair of models the paper's
-    instruction-difficulty term is not identified, and is left out. Lengths are in characters; a tie counts half.
+    instruction-difficulty term is not identified, and is left out. Lengths are in characters; a tie counts half. Where
+    every difference is the same, length is told apart from nothing, and the plain rate is returned.
     """
     outcomes, deltas = np.asarray(scores, float), np.asarray(length_deltas, float)
     if outcomes.min() == outcomes.max() and outcomes[0] in (0.0, 1.0):

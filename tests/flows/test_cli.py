@@ -85,7 +85,7 @@ def test_plan_of_a_profile_never_run_lists_every_stage_and_builds_nothing(posttr
     assert done.returncode == 0, done.stderr
     listed = [line.split()[:2] for line in done.stdout.splitlines()[1:] if line.strip()]
     stages = ["prepare", "validate-eval", "validate-sft", "validate-preference", "validate-prompts"]
-    stages += ["sft", "reward_model", "grpo", "evaluate", "merge", "export"]
+    stages += ["sft", "reward_model", "grpo", "merge", "evaluate", "export"]
     assert listed == [[stage, "run"] for stage in stages]
     assert runs_in(home) == []
 

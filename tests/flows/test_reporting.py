@@ -63,7 +63,7 @@ def test_summary_lists_stages_as_they_ended_and_then_those_not_come_to(run):
     for stage, status in (("prepare", "cached"), ("validate-eval", "ran"), ("sft", "ran"), ("reward_model", "failed")):
         quickstart.record(StageRecord(stage, status))
     ended = [("prepare", "cached"), ("validate-eval", "ran"), ("sft", "ran"), ("reward_model", "failed")]
-    left = [(stage, "skipped") for stage in ("grpo", "evaluate", "merge", "export")]
+    left = [(stage, "skipped") for stage in ("grpo", "merge", "evaluate", "export", "promote")]
     assert statuses(summarise(quickstart, None)) == ended + left
 
 

@@ -115,28 +115,3 @@ def test_grpo_reward_model_is_named_so_in_the_metrics_and_enters_the_reward_with
     # the reward is the weighted sum of the reward functions' values, so its mean is that of their means
     expected = line["rewards/near_answer/mean"] + 0.5 * line["rewards/reward_model/mean"]
     assert line["reward"] == pytest.approx(expected, abs=1e-5)
-
-
-def test_evaluate_scores_base_and_adapters_on_the_same_rows(spec, sft_adapter):
-    from tasks.jobs import evaluate
-
-    config = {"metric": "accuracy", "scorer": "exact_answer", "max_new_tokens": 8, "batch_size": 10, "max_length": 64}
-    job = spec("evaluate", "eval", {"sft": sft_adapter, "policy": sft_adapter}, **config)
-    result = evaluate.main(job)
-    lines = [json.loads(line) for line in (job.output / "samples.jsonl").open()]
-    by_model = {name: [line for line in lines if line["model"] == name] for name in ("base", "sft", "policy")}
-    assert {name: [line["row"] for line in own] for name, own in by_model.items()} == {n: list(range(24)) for n in by_model}
-    assert [line["completion"] for line in by_model["sft"]] == [line["completion"] for line in by_model["policy"]]
-    assert [line["completion"] for line in by_model["base"]] != [line["completion"] for line in by_model["sft"]]
-    for name, own in by_model.items():
-        right = sum(line["completion"].split() == line["answer"].split() for line in own)
-        assert result.metrics[f"accuracy/{name}"] == pytest.approx(right / 24)
-
-
-def test_evaluate_of_pairs_prefers_what_the_model_was_trained_to_say(spec, sft_adapter):
-    from tasks.jobs import evaluate
-
-    config = {"metric": "preference_accuracy", "scorer": "exact_answer", "max_new_tokens": 8, "batch_size": 8, "max_length": 64}
-    result = evaluate.main(spec("evaluate", "preference", {"policy": sft_adapter}, **config))
-    assert set(result.metrics) == {"preference_accuracy/base", "preference_accuracy/policy"}
-    assert all(0 <= value <= 1 for value in result.metrics.values())

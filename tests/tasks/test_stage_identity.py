@@ -30,7 +30,7 @@ STAGES = {
     "sft": lambda p, base=BASE: sft_stage(p, base, ROWS),
     "reward_model": lambda p, base=BASE: reward_model_stage(p, base, ROWS),
     "policy": lambda p, base=BASE: policy_stage(p, base, SFT, ROWS, REWARD, HELD_OUT),
-    "evaluate": lambda p, base=BASE: evaluate_stage(p, base, SFT, POLICY, ROWS, None),
+    "evaluate": lambda p, base=BASE: evaluate_stage(p, base, SFT, POLICY, MERGED, ROWS, None),
     "merge": lambda p, base=BASE: merge_stage(p, base, POLICY),
     "export": lambda p, base=BASE: export_stage(p, base, POLICY, MERGED, ROWS, EVALUATION),
 }

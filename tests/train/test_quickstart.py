@@ -28,7 +28,7 @@ from tasks.train_policy import judge
 POSTTRAIN = Path(sys.prefix) / "bin" / "posttrain"
 TIGHT = ["drift.signals.kl={warn_max: 0.05, halt_max: 0.1}"]
 DATA = ["validate-eval", "validate-sft", "validate-preference", "validate-prompts"]
-STAGES = ["prepare", *DATA, "sft", "reward_model", "grpo", "evaluate", "merge", "export", "promote"]
+STAGES = ["prepare", *DATA, "sft", "reward_model", "grpo", "merge", "evaluate", "export", "promote"]
 pytestmark = [pytest.mark.train, pytest.mark.timeout(1200)]
 
 
