@@ -263,15 +263,15 @@ def test_reward_function_that_reads_a_column_which_is_not_there_is_refused_befor
         evaluate.main(spec)
 
 
-def test_unknown_task_is_refused_with_near_names_and_unread_files_before_any_model_is_loaded(schooled, digits, tmp_path):
-    from tasks.jobs import evaluate
+def test_unknown_task_is_told_with_near_names_and_what_could_not_be_read(digits, tmp_path):
+    from tasks.jobs.check_args import check_tasks
 
+    assert check_tasks(["copy_digits", "smallest_digit"], str(digits)) == []
     folder = tmp_path / "folder"
     shutil.copytree(digits, folder)
     (folder / "broken.yaml").write_text("task: [")
-    inputs = {"base_model": "nowhere", "policy": "nowhere", "rows": schooled.rows, "task_folder": str(folder)}
-    with pytest.raises(ValueError, match=r"'copy_digit'.*Did you mean copy_digits.*broken\.yaml there cannot be read"):
-        evaluate.main(job(tmp_path / "job", inputs, tasks=["copy_digit"]))
+    (problem,) = check_tasks(["hellaswag", "copy_digit"], str(folder))  # lm-eval's own is known, if not loaded
+    assert re.search(r"'copy_digit'.*Did you mean copy_digits.*broken\.yaml there cannot be read", problem, re.S)
 
 
 @pytest.mark.parametrize("where", ["../outside.jsonl", ".hidden.jsonl"])
@@ -287,15 +287,16 @@ def test_task_that_reads_what_its_folders_digest_does_not_cover_is_refused(digit
         harness.load_tasks(["copy_digits"], folder, tmp_path / "cache")
 
 
-def test_task_that_aggregates_by_an_unknown_name_is_refused_before_hours_of_answers(digits, tmp_path):
-    from tasks.jobs import harness
+def test_task_that_aggregates_by_an_unknown_name_is_refused_before_any_model_is_loaded(schooled, digits, tmp_path):
+    from tasks.jobs import evaluate
 
     folder = tmp_path / "folder"
     shutil.copytree(digits, folder)
     text = (folder / "smallest_digit.yaml").read_text()
     (folder / "smallest_digit.yaml").write_text(text.replace("aggregation: matthews_corrcoef", "aggregation: mcc"))
+    inputs = {"base_model": "nowhere", "policy": "nowhere", "rows": schooled.rows, "task_folder": str(folder)}
     with pytest.raises(ValueError, match="'smallest_digit' aggregates 'mcc'"):
-        harness.load_tasks(["smallest_digit"], folder, tmp_path / "cache")
+        evaluate.main(job(tmp_path / "job", inputs, tasks=["smallest_digit"]))
 
 
 def test_task_data_is_found_beside_its_yaml_and_cached_under_the_jobs_own_folder(digits, tmp_path, monkeypatch):
