@@ -1,4 +1,4 @@
-"""Check what only the job environment knows: TRL's arguments and the reward functions' names, before anything runs."""
+"""Check what only the job environment knows, before anything runs: TRL's arguments, names of reward functions and tasks."""
 
 import json
 import subprocess
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from profiles.load import InvalidProfile, accelerate_file, load
-from profiles.schema import STAGES, Grpo, Profile, Recipe, StagePlacement
+from profiles.schema import STAGES, Evaluate, Grpo, Profile, Recipe, StagePlacement
 from tasks.artifacts import disk_errors, refuse_unusable_model, task_folder
 from tasks.environment import home
 from tasks.errors import MachineUnfit, ProfileError
@@ -37,7 +37,7 @@ def load_profile(name: str, overrides: list[str] | None = None) -> Profile:
 
 
 def check_profile(profile: Profile) -> None:
-    """Raise ProfileError if TRL's config classes refuse the profile's `args`, or a reward function does not exist.
+    """Raise ProfileError if TRL's config classes refuse the profile's `args`, or a reward function or a task does not exist.
 
     It takes an import of TRL, so the answer is kept by what was asked, the code and the library versions.
     """
@@ -111,7 +111,14 @@ def question(recipe: Recipe) -> dict[str, Any]:
     stages["policy"] = (recipe.policy.method, recipe.policy)
     args = {f"recipe.{where}": [CONFIG_CLASS[name], stage.args] for where, (name, stage) in stages.items() if stage}
     rewards = [r.name for r in recipe.policy.reward_functions] if isinstance(recipe.policy, Grpo) else []
-    return {"args": args, "rewards": [*rewards, recipe.evaluate.scorer, *recipe.evaluate.rewards]}
+    asked = {"args": args, "rewards": [*rewards, recipe.evaluate.scorer, *recipe.evaluate.rewards]}
+    return asked | ({"tasks": lm_eval_tasks(recipe.evaluate)} if recipe.evaluate.tasks else {})
+
+
+def lm_eval_tasks(evaluate: Evaluate) -> dict[str, Any]:
+    """Return the names of the asked tasks and the folder they may be in, with its digest: other files, another answer."""
+    folder = task_folder(Path(evaluate.task_folder)) if evaluate.task_folder else None
+    return {"names": evaluate.tasks, "folder": folder and folder.path, "digest": folder and folder.digest}
 
 
 def _ask(python: str, env: dict[str, str], asked: dict[str, Any]) -> list[str]:

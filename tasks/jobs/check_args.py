@@ -1,13 +1,14 @@
-"""Checks a profile's `args` blocks against the installed TRL's config classes, and its rewards against what exists.
+"""Checks a profile's `args` blocks against the installed TRL's config classes, and its rewards and tasks against what exists.
 
-Reads a JSON object on standard input, {"args": {name: [class name, args]}, "rewards": [names]}; writes a JSON list of
-sentences, empty if all of it holds.
+Reads a JSON object on standard input, {"args": {name: [class name, args]}, "rewards": [names]} and perhaps "tasks": {"names",
+"folder"}; writes a JSON list of sentences, empty if all of it holds.
 """
 
 import dataclasses
 import difflib
 import json
 import sys
+from pathlib import Path
 
 from tasks.jobs import without_vllm  # noqa: F401
 
@@ -18,6 +19,7 @@ def main() -> None:
     asked = json.load(sys.stdin)
     problems = [p for where, (name, args) in asked["args"].items() for p in check_args(where, name, args)]
     problems += [p for name in asked["rewards"] if (p := check_reward(name))]
+    problems += check_tasks(**asked["tasks"]) if "tasks" in asked else []
     json.dump(problems, sys.stdout)
 
 
@@ -54,6 +56,17 @@ def check_reward(name: str) -> str | None:
     ours = [n for n, f in vars(rewards).items() if callable(f) and getattr(f, "__module__", "") == rewards.__name__]
     known = [n for n in ours if not n.startswith("_") and n != "text_of"] + [f"trl.{n}" for n in trl.rewards.__all__]
     return None if name in known else f"there is no reward function {name!r}.{_nearest(name, known)}"
+
+
+def check_tasks(names: list[str], folder: str | None, digest: str | None = None) -> list[str]:
+    """Return what is wrong with the names of lm-eval tasks; `digest` only tells one folder's answer from another's."""
+    from tasks.jobs import harness
+
+    try:
+        harness.find_tasks(names, Path(folder) if folder else None)
+    except ValueError as error:
+        return [str(error)]
+    return []
 
 
 def _nearest(word: str, known: list[str]) -> str:

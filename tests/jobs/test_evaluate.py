@@ -220,13 +220,13 @@ def other_champion(schooled, tmp_path) -> Path:
 
 
 def test_champion_of_another_template_and_vocabulary_is_asked_in_its_own_and_said_to_be_another(
-    schooled, digits, other_champion, tmp_path, caplog
+    schooled, digits, whole, other_champion, tmp_path, caplog
 ):
     from tasks.jobs import evaluate
 
     inputs = {name: getattr(schooled, name) for name in ("base_model", "policy", "merge", "rows")}
     inputs |= {"champion": str(other_champion), "task_folder": str(digits)}
-    spec = job(tmp_path / "job", inputs, tasks=["copy_digits"], limit=2, num_fewshot=1, canaries=CANARIES)
+    spec = job(tmp_path / "job", inputs, tasks=["copy_digits"], num_fewshot=1, canaries=CANARIES)
     result = evaluate.main(spec)
     comparable = result.details["comparable"]
     assert (
@@ -234,7 +234,35 @@ def test_champion_of_another_template_and_vocabulary_is_asked_in_its_own_and_sai
     )
     assert comparable["champion"]["tasks"] != comparable["policy"]["tasks"] == comparable["base"]["tasks"]
     assert "canary/kl_to_champion" not in result.metrics and "different vocabularies" in caplog.text
-    assert {name: len(own) for name, own in scores(spec, "copy_digits/exact_match").items()} == dict.fromkeys(comparable, 2)
+    without_example = whole[1].details["comparable"]["policy"]["tasks"]["copy_digits"]
+    assert comparable["policy"]["tasks"]["copy_digits"] != without_example
+
+
+@pytest.fixture
+def penalised(schooled, tmp_path) -> str:
+    """The base with a generation_config under which nothing can be copied: a digit that was said is not said again."""
+    folder = tmp_path / "penalised"
+    shutil.copytree(schooled.base_model, folder)
+    file = folder / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"repetition_penalty": 50.0}))
+    return str(folder)
+
+
+def test_lm_eval_decodes_greedily_whatever_the_bases_generation_config_says(schooled, digits, whole, penalised, tmp_path):
+    """And `limit` takes the first rows; a number per row whose aggregate is no mean stays without rows."""
+    from tasks.jobs import evaluate
+
+    folder = tmp_path / "tasks"
+    shutil.copytree(digits, folder)
+    text = (folder / "copy_digits.yaml").read_text().replace("copy_digits", "copy_median")
+    (folder / "copy_median.yaml").write_text(text.replace("aggregation: mean", "aggregation: median"))
+    inputs = {"base_model": penalised, "policy": schooled.policy, "rows": schooled.pairs, "task_folder": str(folder)}
+    spec = job(tmp_path, inputs, metric="preference_accuracy", tasks=["copy_digits", "copy_median"], limit=12)
+    result = evaluate.main(spec)
+    unpenalised = scores(whole[0], "copy_digits/exact_match")
+    assert scores(spec, "copy_digits/exact_match") == {name: unpenalised[name][:12] for name in ("base", "policy")}
+    assert sum(unpenalised["base"][:12]) > 3
+    assert "copy_median/exact_match/base" in result.metrics and scores(spec, "copy_median/exact_match") == {}
 
 
 def test_kl_to_the_champion_is_0_where_the_policy_is_the_champion(schooled, tmp_path):
@@ -270,15 +298,15 @@ def test_reward_function_that_reads_a_column_which_is_not_there_is_refused_befor
         evaluate.main(spec)
 
 
-def test_unknown_task_is_refused_with_near_names_and_unread_files_before_any_model_is_loaded(schooled, digits, tmp_path):
-    from tasks.jobs import evaluate
+def test_unknown_task_is_told_with_near_names_and_what_could_not_be_read(digits, tmp_path):
+    from tasks.jobs.check_args import check_tasks
 
+    assert check_tasks(["copy_digits", "smallest_digit"], str(digits)) == []
     folder = tmp_path / "folder"
     shutil.copytree(digits, folder)
     (folder / "broken.yaml").write_text("task: [")
-    inputs = {"base_model": "nowhere", "policy": "nowhere", "rows": schooled.rows, "task_folder": str(folder)}
-    with pytest.raises(ValueError, match=r"'copy_digit'.*Did you mean copy_digits.*broken\.yaml there cannot be read"):
-        evaluate.main(job(tmp_path / "job", inputs, tasks=["copy_digit"]))
+    (problem,) = check_tasks(["hellaswag", "copy_digit"], str(folder))  # lm-eval's own is known, if not loaded
+    assert re.search(r"'copy_digit'.*Did you mean copy_digits.*broken\.yaml there cannot be read", problem, re.S)
 
 
 @pytest.mark.parametrize("where", ["../outside.jsonl", ".hidden.jsonl"])
@@ -294,15 +322,16 @@ def test_task_that_reads_what_its_folders_digest_does_not_cover_is_refused(digit
         harness.load_tasks(["copy_digits"], folder, tmp_path / "cache")
 
 
-def test_task_that_aggregates_by_an_unknown_name_is_refused_before_hours_of_answers(digits, tmp_path):
-    from tasks.jobs import harness
+def test_task_that_aggregates_by_an_unknown_name_is_refused_before_any_model_is_loaded(schooled, digits, tmp_path):
+    from tasks.jobs import evaluate
 
     folder = tmp_path / "folder"
     shutil.copytree(digits, folder)
     text = (folder / "smallest_digit.yaml").read_text()
     (folder / "smallest_digit.yaml").write_text(text.replace("aggregation: matthews_corrcoef", "aggregation: mcc"))
+    inputs = {"base_model": "nowhere", "policy": "nowhere", "rows": schooled.rows, "task_folder": str(folder)}
     with pytest.raises(ValueError, match="'smallest_digit' aggregates 'mcc'"):
-        harness.load_tasks(["smallest_digit"], folder, tmp_path / "cache")
+        evaluate.main(job(tmp_path / "job", inputs, tasks=["smallest_digit"]))
 
 
 def test_task_data_is_found_beside_its_yaml_and_cached_under_the_jobs_own_folder(digits, tmp_path, monkeypatch):

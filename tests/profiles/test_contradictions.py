@@ -44,6 +44,7 @@ CONTRADICTIONS = {
         {"policy": DPO, "reward_model": {}, "datasets.preference": PAIRS},
         ["recipe.reward_model", "recipe.policy.method", "dpo"],
     ),
+    "win rate without a judge": ({"evaluate": {"win_rate": True}}, ["recipe.evaluate.win_rate", "recipe.reward_model"]),
     "only rewards of weight 0": (
         {"policy.reward_functions": [{"name": "exact_answer", "weight": 0}]},
         ["recipe.policy.reward_functions"],
@@ -232,6 +233,12 @@ FINE = {
     "whole modules of a fresh policy": {"policy.lora": {"modules_to_save": ["lm_head"]}, "policy.args": {"beta": 0.04}},
     "SFT on plain texts": {"sft": SFT, "policy.lora": None, "datasets.sft": TEXTS},
     "reward model that is read": {"reward_model": {}, "policy.reward_functions": LEARNED, "datasets.preference": PAIRS},
+    "reward model that only judges": {
+        "policy": DPO,
+        "datasets.preference": PAIRS,
+        "reward_model": {},
+        "evaluate": {"win_rate": True},
+    },
     "DPO on pairs": {"policy": DPO, "datasets.preference": PAIRS},
     "pairs held out": {"evaluate": {"metric": "preference_accuracy"}, "datasets.eval": PAIRS},
     "KL limit with beta": {"policy.args": {"beta": 0.04}, "drift.signals": {"kl": {"halt_max": 3.0}}},
