@@ -31,7 +31,7 @@ def export_stage(
         "metrics": evaluation.metrics,
         "lineage": {
             "base model": base.digest,
-            f"policy ({policy.stage})": policy.digest,
+            "policy": policy.digest,
             "merged checkpoint": merged.digest,
             "held-out rows": rows.digest,
         },

@@ -11,9 +11,9 @@ from tasks.check_profile import check_paths, question
 from tasks.errors import ProfileError
 from tasks.evaluate_policy import evaluate_stage
 
-BASE, SFT, POLICY, ROWS, REWARD, CHAMPION = (
+BASE, SFT, POLICY, MERGED, ROWS, REWARD, CHAMPION = (
     Artifact(name, f"/store/{name}", name, f"bytes of {name}")
-    for name in ("base_model", "sft", "grpo", "dataset", "reward_model", "export")
+    for name in ("base_model", "sft", "grpo", "merge", "dataset", "reward_model", "export")
 )
 
 
@@ -26,7 +26,7 @@ def folder(tmp_path) -> Path:
 
 
 def stage(*overrides: str, champion: Artifact | None = None) -> Stage:
-    return evaluate_stage(load("quickstart", list(overrides)), BASE, SFT, POLICY, ROWS, champion, REWARD)
+    return evaluate_stage(load("quickstart", list(overrides)), BASE, SFT, POLICY, MERGED, ROWS, champion, REWARD)
 
 
 def asking(folder: Path) -> list[str]:
