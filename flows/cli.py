@@ -1,4 +1,4 @@
-"""The `posttrain` command: run, plan, validate, drift, champion, promote, rollback, ui, pools, sweep, doctor."""
+"""The `posttrain` command: run, plan, validate, drift, serve, champion, promote, rollback, ui, pools, sweep, doctor."""
 
 import json
 import os
@@ -148,6 +148,18 @@ def rollback(
 
     now, former = releases.rollback(profile, reason)
     print(f"{now} is the champion again; taken back: {former}")
+
+
+@app.command()
+def serve(
+    what: Annotated[str, typer.Argument(help="a profile's name (its newest export), PROFILE@champion, a run id, or a folder")],
+    port: Annotated[int, typer.Option(help="port on 127.0.0.1")] = 8000,
+    follow: Annotated[bool, typer.Option("--follow", help="with PROFILE@champion: serve each new champion instead")] = False,
+) -> None:
+    """Verify an export's files and serve it by vLLM as it was tested, on 127.0.0.1, until Ctrl-C."""
+    from flows import serving
+
+    serving.serve(what, port, follow)
 
 
 @app.command()

@@ -83,7 +83,8 @@ def show_summary(summary: dict[str, Any]) -> None:
         console.print(f"release {escape(approval_text(summary['approval']))}", highlight=False, soft_wrap=True)
     console.print()
     if summary["serve"] and summary["exit_code"] == 0:
-        _place("serve", summary["serve"])
+        _place("serve", f"posttrain serve {summary['run_id']}")
+        _place("", f"or plain {summary['serve']}")
     _place("report", summary["report"])
     _place("pages", "posttrain ui   (Prefect and MLflow on this store)")
 

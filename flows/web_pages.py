@@ -25,7 +25,7 @@ def serve(prefect_port: int, mlflow_port: int) -> None:
     if prefect_port == mlflow_port:
         raise MachineUnfit(f"--prefect-port and --mlflow-port are both {prefect_port}. Give each its own.")
     for option, port in (("--prefect-port", prefect_port), ("--mlflow-port", mlflow_port)):
-        _refuse_taken(option, port)
+        refuse_taken(option, port)
     mlflow_runs.prepare_database()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     servers = [
@@ -57,7 +57,8 @@ def mlflow_command(port: int) -> list[str]:
     return [*command, "--backend-store-uri", mlflow_runs.tracking_uri(), "--default-artifact-root", root.as_uri()]
 
 
-def _refuse_taken(option: str, port: int) -> None:
+def refuse_taken(option: str, port: int) -> None:
+    """Raise MachineUnfit if a port of 127.0.0.1 is no port, or somebody listens on it."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

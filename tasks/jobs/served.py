@@ -17,9 +17,10 @@ from openai import OpenAI
 
 from tasks.job_spec import JobSpec
 from tasks.jobs.models import on_cpu
+from tasks.vllm_server import server_command, server_environment
 
 NAME = "policy"
-LOST_WEIGHTS = "not initialized from"  # vLLM's line on weights that the checkpoint lacks
+LOST_WEIGHTS = ("not initialized from", "not found in params_dict")  # vLLM's lines on weights that it lacks or ignores
 
 
 @contextmanager
@@ -27,11 +28,10 @@ def serving(spec: JobSpec) -> Iterator[OpenAI]:
     """Yield a client of `vllm serve` on the export; the server and all its processes are gone afterwards."""
     port = free_port()
     log = spec.work / "vllm.log"
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(spec.output)]
-    command += ["--served-model-name", NAME, "--host", "127.0.0.1", "--port", str(port), *flags(spec)]
+    command = server_command(sys.executable, spec.output, [NAME], port, flags(spec))
     with log.open("wb") as file:
         process = subprocess.Popen(
-            command, stdout=file, stderr=subprocess.STDOUT, env=serve_environment(), start_new_session=True
+            command, stdout=file, stderr=subprocess.STDOUT, env=server_environment(os.environ), start_new_session=True
         )
     try:
         wait_until_ready(process, port, spec.config["startup_timeout_seconds"], log)
@@ -44,14 +44,6 @@ def flags(spec: JobSpec) -> list[str]:
     """Return vLLM's flags for this export: what was tested is what `posttrain serve` starts."""
     own = ["--dtype", spec.config["dtype"], "--max-model-len", str(spec.config["max_model_len"])]
     return [*own, "--enforce-eager"] if on_cpu() else own
-
-
-def serve_environment() -> dict[str, str]:
-    """Return our environment without the launcher's: vLLM would take its ranks and addresses for its own."""
-    ours = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    prefixes = (*ours, "ACCELERATE_", "TORCHELASTIC_")
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(prefixes)}
-    return {"VLLM_CPU_KVCACHE_SPACE": "1", **kept}
 
 
 def wait_until_ready(process: subprocess.Popen, port: int, timeout_seconds: int, log: Path) -> None:
@@ -113,4 +105,4 @@ def sampling_defaults(client: OpenAI, prompt: str | list[dict[str, Any]]) -> dic
 
 def lost_weights(log: Path) -> list[str]:
     """Return vLLM's lines on weights that it did not find: it serves noise in their place (vllm-project/vllm#5148)."""
-    return [line for line in log.read_text(errors="replace").splitlines() if LOST_WEIGHTS in line]
+    return [line for line in log.read_text(errors="replace").splitlines() if any(sign in line for sign in LOST_WEIGHTS)]
