@@ -119,8 +119,8 @@ def in_order(run: PipelineRun, records: list[StageRecord]) -> list[StageRecord]:
         "sft",
         "reward_model",
         run.profile.recipe.policy.method,
-        "evaluate",
         "merge",
+        "evaluate",
         "export",
         "promote",
     ]

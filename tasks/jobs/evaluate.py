@@ -214,7 +214,7 @@ def harness_results(
 
 
 def win_rates(spec: JobSpec, prompts: list[Any], texts: dict[str, list[str]]) -> tuple[list[Row], dict[str, float]]:
-    """Return the policy's lines against SFT and champion, judged by the reward model, and the length-controlled rates."""
+    """Return the policy's lines against every other model, judged by the reward model, and the length-controlled rates."""
     from tasks.jobs import win_rate
 
     tokenizer, judge = load_tokenizer(spec), in_place(load_reward_model(spec))
@@ -222,7 +222,6 @@ def win_rates(spec: JobSpec, prompts: list[Any], texts: dict[str, list[str]]) ->
     judged = {
         name: list(zip(own, win_rate.reward_scores(judge, tokenizer, prompts, own, spec.config["batch_size"]), strict=True))
         for name, own in texts.items()
-        if name != "base"
     }
     lines, scalars = [], {}
     for other in (name for name in judged if name != "policy"):

@@ -165,13 +165,21 @@ def metric_name(task: str, metric: str, chosen: str) -> str:
 
 
 def _lines(task: Task, name: str, samples: list[Row]) -> list[Row]:
-    """Return a line per row and metric, of the metrics that are the mean of one number per row."""
+    """Return a line per row and metric, of the metrics that are the mean of one number per row, the higher the better.
+
+    The gate takes a higher score for the better one; where it is not, the mean alone is kept.
+    """
     num_rows = len({sample["doc_id"] for sample in samples})
     lines = []
     for metric, chosen in dict.fromkeys((metric, sample["filter"]) for sample in samples for metric in sample["metrics"]):
         own = [sample for sample in samples if sample["filter"] == chosen and metric in sample["metrics"]]
         is_mean = task.aggregation().get(metric, mean) is mean
-        if is_mean and len(own) == num_rows and all(_is_number(sample[metric]) for sample in own):
+        if (
+            is_mean
+            and task.higher_is_better().get(metric, True)
+            and len(own) == num_rows
+            and all(_is_number(sample[metric]) for sample in own)
+        ):
             lines += [_line(metric_name(name, metric, chosen), sample, sample[metric]) for sample in own]
     return lines
 

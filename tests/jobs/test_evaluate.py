@@ -256,7 +256,8 @@ def test_lm_eval_decodes_greedily_whatever_the_bases_generation_config_says(scho
     shutil.copytree(digits, folder)
     text = (folder / "copy_digits.yaml").read_text().replace("copy_digits", "copy_median")
     (folder / "copy_median.yaml").write_text(text.replace("aggregation: mean", "aggregation: median"))
-    inputs = {"base_model": penalised, "policy": schooled.policy, "rows": schooled.pairs, "task_folder": str(folder)}
+    inputs = {"base_model": penalised, "policy": schooled.policy, "merge": schooled.merge, "rows": schooled.pairs}
+    inputs |= {"task_folder": str(folder)}
     spec = job(tmp_path, inputs, metric="preference_accuracy", tasks=["copy_digits", "copy_median"], limit=12)
     result = evaluate.main(spec)
     unpenalised = scores(whole[0], "copy_digits/exact_match")
