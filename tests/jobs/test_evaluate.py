@@ -200,7 +200,7 @@ def test_win_rate_is_the_sign_of_the_reward_models_difference(whole, schooled):
         assert (line["reward"], line["other_reward"]) == pytest.approx((ours, theirs), abs=1e-4)
         same = asked["policy", line["row"]]["completion"] == asked["sft", line["row"]]["completion"]
         assert line["score"] == (0.5 if same else float(ours > theirs))
-    assert {0.0, 0.5, 1.0} == {line["score"] for line in lines}
+    assert {0.0, 1.0} <= {line["score"] for line in lines}
     assert scores(spec, "win_rate/champion") == scores(spec, "win_rate/sft")
     assert 0 < result.metrics["win_rate_lc/sft/policy"] < 1
 
