@@ -57,7 +57,6 @@ def serve(what: str, port: int, follow: bool = False) -> None:
     if follow and not what.endswith(CHAMPION):
         raise ProfileError(f"--follow goes with PROFILE{CHAMPION}: {what} names one export, which never changes.")
     refuse_taken("--port", port)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     while serve_one(what, port, follow):
         print("another champion: serving it instead", flush=True)
 
@@ -65,6 +64,8 @@ def serve(what: str, port: int, follow: bool = False) -> None:
 def serve_one(what: str, port: int, follow: bool) -> bool:
     """Serve the export that `what` names now; return true when it names another one, false when told to stop."""
     export = find_export(what)
+    for number in (signal.SIGINT, signal.SIGTERM):  # the stop of the one before this ignored both
+        signal.signal(number, signal.default_int_handler)
     server = start(export, port)
     try:
         wait_until_served(server, export, port)

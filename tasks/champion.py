@@ -5,12 +5,13 @@ import getpass
 import json
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 from prefect.client.orchestration import get_client
 from prefect.concurrency.sync import concurrency
+from prefect.exceptions import ObjectAlreadyExists
 from prefect.settings import PREFECT_API_URL
 
 from tasks.artifacts import Artifact, Store
@@ -139,7 +140,7 @@ def exclusive(name: str) -> Iterator[None]:
             yield
             return
         limit = f"posttrain-release-{name}"
-        with get_client(sync_client=True) as client:
+        with get_client(sync_client=True) as client, suppress(ObjectAlreadyExists):  # another machine was first
             client.upsert_global_concurrency_limit_by_name(limit, 1)
         try:
             with concurrency(limit, timeout_seconds=LOCK_SECONDS, lease_duration=60, strict=True):

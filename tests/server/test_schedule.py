@@ -1,6 +1,9 @@
 """The shipped prefect.yaml on a real server: what it deploys, and that its schedule really schedules."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 from real_server import wait_until
@@ -59,3 +62,33 @@ def test_tags_that_no_pool_has_name_what_was_asked_what_there_is_and_what_is_lac
     assert done.returncode == 4
     for part in ("gpu, b200", "gpu-h100", "lacks b200", "lacks b200, gpu", "placement.tags"):
         assert part in done.stderr, done.stderr
+
+
+HOLDER = """
+import sys, time
+from tasks.champion import exclusive
+print("ready", flush=True)
+sys.stdin.readline()
+with exclusive("mine"):
+    entered = time.time()
+    time.sleep(1)
+    print(entered, time.time(), flush=True)
+"""
+
+
+def test_two_machines_that_release_at_once_take_turns_through_the_server(server):
+    """Each has a home folder of its own, so no lock file in common: the server's concurrency limit is all that they share."""
+    machines = [
+        subprocess.Popen(
+            [sys.executable, "-P", "-c", HOLDER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            env=server.env | {"POSTTRAIN_HOME": str(server.folder / name), "PYTHONPATH": os.environ.get("PYTHONPATH", "")},
+        )
+        for name in ("one", "two")
+    ]  # fmt: skip
+    for machine in machines:
+        assert machine.stdout.readline() == "ready\n"
+    for machine in machines:
+        machine.stdin.write("go\n")
+        machine.stdin.flush()
+    times = sorted(tuple(map(float, machine.communicate(timeout=120)[0].split())) for machine in machines)
+    assert times[0][1] <= times[1][0]

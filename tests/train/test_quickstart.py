@@ -7,11 +7,13 @@ import json
 import os
 import re
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections import Counter
 from pathlib import Path
 
@@ -140,6 +142,41 @@ def test_quickstart_release_is_the_champion_and_again_nothing_is_promoted(first,
     assert set(rows) == {"champion", "candidate"}
     assert (rows["champion"]["run"], rows["champion"]["path"]) == (first["run_id"], first["export"])
     assert first["release"]["champion"]["number"] == rows["champion"]["version"] == 1
+
+
+def ask(port: int, path: str, body: dict | None = None) -> dict:
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(f"http://127.0.0.1:{port}/v1/{path}", data, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return json.load(answer)
+
+
+def test_champion_is_served_under_its_own_name_as_it_was_tested_and_ends_with_all_its_processes(first, home):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [POSTTRAIN, "serve", "quickstart@champion", "--follow", "--port", str(port)]
+    server = subprocess.Popen(command, env=home.env, stdout=subprocess.PIPE, text=True)
+    try:
+        assert server.stdout.readline().startswith(f"quickstart@{Path(first['export']).name} from {first['export']}")
+        assert f":{port}/v1/chat/completions" in server.stdout.readline()
+        assert [m["id"] for m in ask(port, "models")["data"]] == ["quickstart", f"quickstart@{Path(first['export']).name}"]
+        probe = json.loads((Path(first["export"]) / "parity.json").read_text())["probes"][0]
+        said = ask(port, "chat/completions", {"model": "quickstart", "messages": probe["prompt"], "max_tokens": 12})
+        assert said["choices"][0]["message"]["content"] == probe["text"]  # greedy, though nothing was said of sampling
+    finally:
+        server.terminate()
+        server.wait(60)
+    mark = f"--port {port}"
+    assert not [p for p in Path("/proc").glob("[0-9]*/cmdline") if mark in read(p).replace("\0", " ")]
+
+
+def read(path: Path) -> str:
+    """A file of a process, which may be gone meanwhile."""
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
 
 
 def test_quickstart_damaged_artifact_is_rebuilt_and_said_so(first, home):
