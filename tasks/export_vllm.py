@@ -28,7 +28,8 @@ def export_stage(
         "description": profile.description,
         "base_model": origin.hub or base.digest[:12],
         "licence": origin.licence,
-        "metrics": evaluation.metrics,
+        # the champion's would make the same policy another export whenever the champion changes
+        "metrics": {n: v for n, v in evaluation.metrics.items() if n.endswith(("/base", "/sft", "/policy"))},
         "lineage": {
             "base model": base.digest,
             "policy": policy.digest,

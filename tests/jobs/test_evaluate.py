@@ -341,6 +341,9 @@ def test_task_data_is_found_beside_its_yaml_and_cached_under_the_jobs_own_folder
 
     folder = tmp_path / "tasks" / "deeper"
     shutil.copytree(digits, folder)
+    text = (folder / "copy_digits.yaml").read_text()
+    (folder / "copy_digits.yaml").write_text(text.replace('"Copy: {{digits}}"', "!function asking.copy"))
+    (folder / "asking.py").write_text("def copy(doc):\n    return f'Copy: {doc}'\n")
     before = tree_digest(tmp_path / "tasks")
     monkeypatch.chdir(tmp_path)
     tasks = harness.load_tasks(["copy_digits"], Path("tasks"), tmp_path / "cache")
