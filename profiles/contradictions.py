@@ -205,7 +205,7 @@ def _measures(recipe: Recipe, setting: str, metric: str) -> Iterator[str]:
             f"{setting} names {metric!r}, which recipe.evaluate does not measure: the gate could not judge it once everything "
             f"is trained. It measures: {', '.join(known)}. Name one of these, or add it to recipe.evaluate."
         )
-    if (metric.startswith("win_rate/") or metric == "reward/reward_model") and _trains_on_reward_model(recipe):
+    if metric.startswith("win_rate/") and _trains_on_reward_model(recipe):
         yield (
             f"{setting} names {metric!r}, which is judged by the reward model that recipe.policy.reward_functions trains the "
             "policy on: the policy learns to please it, better or not (arXiv:2210.10760). Judge by another metric."

@@ -41,10 +41,11 @@ def main(spec: JobSpec) -> JobResult:
     summary = parity.verdict(probes, spec.config["dtype"])
     summary["failures"] += parity.other_defaults(defaults, generation_config(spec, tokenizer))
     summary["failures"] += served.lost_weights(spec.work / "vllm.log")
-    (spec.output / "parity.json").write_text(json.dumps(summary | {"probes": probes}, indent=1))
-    if summary["failures"]:
-        more = f" (and {len(summary['failures']) - 1} more)" if len(summary["failures"]) > 1 else ""
-        raise RuntimeError(f"the served export is not the trained policy: {summary['failures'][0]}{more}")
+    proof = spec.work / "parity.json"  # kept there too: of a failed export nothing else is left
+    proof.write_text(json.dumps(summary | {"probes": probes}, indent=1))
+    if why := summary["failures"]:
+        raise RuntimeError(f"the served export is not the trained policy: {why[0]} (1 of {len(why)}, all in {proof})")
+    shutil.copy2(proof, spec.output / "parity.json")
     metrics = {name: float(value) for name, value in summary.items() if isinstance(value, int | float)}
     return done(metrics, serve=" ".join(served.flags(spec)), chat_template=parity.digest(tokenizer.chat_template))
 

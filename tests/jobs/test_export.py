@@ -178,7 +178,7 @@ def test_token_that_the_policy_would_not_write_fails_with_its_gap():
 def test_tie_within_the_margin_of_the_dtype_passes_and_is_no_exact_match():
     from tasks.jobs.parity import judged, verdict
 
-    logits = torch.tensor([[0.50, 0.45, 0.05]]).log()  # log(0.50 / 0.45) = 0.105 nats: below 0.25, above 0.001
+    logits = torch.tensor([[0.50, 0.45, 0.05]]).log()  # log(0.50 / 0.45) = 0.105 nats: below 0.5, above 0.001
     given = {"ids": [1], "finish": "length", "logps": [math.log(0.45)], "prompt_ids": [5], "rendered_ids": [5]}
     given |= judged(logits, given, [EOS])
     assert verdict([given], "bfloat16")["failures"] == [] and verdict([given], "bfloat16")["greedy_match_ratio"] == 0.0

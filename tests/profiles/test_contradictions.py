@@ -18,6 +18,7 @@ DPO = {"method": "dpo", "lora": {"r": 8}}
 MADE = {"prepared": "made"}
 NO_CANARIES = {"num_prompts": 0}
 LEARNS = {"reward_model": {}, "policy.reward_functions": LEARNED, "datasets.preference": PAIRS}
+JUDGED = {"reward_model": {}, "datasets.preference": PAIRS, "evaluate": {"win_rate": True}}
 SAVED = {"learning_rate": 1e-4, "save_strategy": "steps", "save_steps": 1}
 
 # what is changed in the smallest profile (a dotted path to its new value, None to remove it), and what the refusal names
@@ -185,44 +186,41 @@ CONTRADICTIONS = {
         ["gates.not_worse", "'win_rate/champion'", "recipe.evaluate"],
     ),
     "gate by a length-controlled win rate": (
-        {"gates.floors": {"win_rate_lc/base": 0.5}, "evaluate": {"win_rate": True}},
+        JUDGED | {"gates.floors": {"win_rate_lc/base": 0.5}},
         ["gates.floors", "'win_rate_lc/base'", "'win_rate/base'"],
     ),
     "judged by the reward model that it was trained on": (
         LEARNS | {"evaluate": {"win_rate": True}, "gates.metric": "win_rate/champion"},
         ["gates.metric", "'win_rate/champion'", "recipe.policy.reward_functions"],
     ),
-    "floor under the learned reward itself": (
-        LEARNS | {"evaluate": {"rewards": ["reward_model"]}, "gates.floors": {"reward/reward_model": 0.1}},
-        ["gates.floors", "'reward/reward_model'", "recipe.policy.reward_functions"],
-    ),
     "floor that no interval reaches": ({"gates.floors": {"accuracy": 1.0}}, ["gates.floors.accuracy is 1", "no interval"]),
     "floor that everyone reaches": ({"gates.floors": {"accuracy": 0.0}}, ["gates.floors.accuracy is 0", "every policy"]),
     "margin that everyone keeps": ({"gates.not_worse": {"accuracy": 1.0}}, ["gates.not_worse.accuracy is 1", "any loss"]),
     "gain that nobody makes": ({"gates.gain_min": 1.0}, ["gates.gain_min is 1", "accuracy", "no policy passes"]),
     "gain that no win rate makes": (
-        {"gates.gain_min": 0.5, "gates.metric": "win_rate/champion", "evaluate": {"win_rate": True}},
+        JUDGED | {"gates.gain_min": 0.5, "gates.metric": "win_rate/champion"},
         ["gates.gain_min is 0.5", "win_rate/champion", "no policy passes"],
     ),
     "better than one model by the win rate over another": (
-        {"gates.metric": "win_rate/base", "evaluate": {"win_rate": True}},
+        JUDGED | {"gates.metric": "win_rate/base"},
         ["gates.metric is 'win_rate/base'", "gates.better_than is [champion]", "[base]"],
     ),
     "not worse than the champion by the win rate over the base": (
-        {"gates.not_worse": {"win_rate/base": 0.05}, "evaluate": {"win_rate": True}},
+        JUDGED | {"gates.not_worse": {"win_rate/base": 0.05}},
         ["gates.not_worse", "'win_rate/base'", "gates.floors.win_rate/base"],
     ),
 }
 
 FINE = {
-    "gate by each kind of metric that is measured": {
+    "gate by each kind of metric that is measured": JUDGED
+    | {
         "evaluate": {"rewards": ["near_answer"], "tasks": ["mmlu"], "win_rate": True},
         "gates.floors": {"accuracy": 0.5, "reward/near_answer": -1.0, "mmlu_anatomy/acc": 0.3, "win_rate/base": 0.5},
         "gates.not_worse": {"mmlu/acc": 0.05, "reward/near_answer": 2.0, "win_rate/champion": 0.05},
     },
-    "better than a champion by the win rate over it": {"gates.metric": "win_rate/champion", "evaluate": {"win_rate": True}},
-    "win rate by a reward model of weight 0": {
-        "evaluate": {"win_rate": True},
+    "better than a champion by the win rate over it": JUDGED | {"gates.metric": "win_rate/champion"},
+    "win rate by a reward model of weight 0": JUDGED
+    | {
         "gates.floors": {"win_rate/base": 0.5},
         "policy.reward_functions": [{"name": "exact_answer"}, {"name": "reward_model", "weight": 0}],
     },
