@@ -23,6 +23,7 @@ from tasks.merge_lora import merge_lora
 from tasks.pipeline_run import PipelineRun, open_pipeline_run, suspended_run
 from tasks.prepare_data import find_base_model, prepare_data
 from tasks.promote_model import promote_model
+from tasks.push_to_hub import find_token, push_to_hub
 from tasks.train_policy import train_policy
 from tasks.train_reward_model import train_reward_model
 from tasks.train_sft import train_sft
@@ -60,6 +61,8 @@ def new_run(profile: str, overrides: list[str]) -> PipelineRun:
     """Open a run of a profile that does not contradict itself; raises ProfileError before there is one."""
     loaded = load_profile(profile, overrides)
     check_profile(loaded)
+    if loaded.release.push_to_hub:
+        find_token()  # that there is none must not be found out after hours of training
     sweep_runs()
     return open_pipeline_run(loaded, flow_run.id)
 
@@ -71,7 +74,9 @@ def run_to_the_end(run: PipelineRun) -> None:
             run_stages(run)
         if run.profile.gates.approval:
             require_approval(run)
-        done(run, start(promote_model, run))
+        version = done(run, start(promote_model, run))
+        if run.profile.release.push_to_hub:
+            done(run, start(push_to_hub, run, version))
     except suspension() as pause:
         run.stop.set()
         if run.was_suspended:

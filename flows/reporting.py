@@ -123,6 +123,7 @@ def in_order(run: PipelineRun, records: list[StageRecord]) -> list[StageRecord]:
         "evaluate",
         "export",
         "promote",
+        "push",
     ]
     return sorted(records, key=lambda record: order.index(record.stage))
 

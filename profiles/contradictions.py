@@ -13,7 +13,8 @@ MODELS = ("base", "sft", "champion")
 def contradictions(profile: Profile) -> list[str]:
     """Return one sentence per contradiction: the settings, their values, what follows and the way out."""
     recipe = profile.recipe
-    return [*_adapters(recipe), *_rewards(recipe), *_rows(recipe), *_prepared(recipe), *_drift(profile), *_gates(profile)]
+    found = [*_adapters(recipe), *_rewards(recipe), *_rows(recipe), *_prepared(recipe), *_drift(profile)]
+    return [*found, *_gates(profile), *_release(profile)]
 
 
 def _adapters(recipe: Recipe) -> Iterator[str]:
@@ -170,6 +171,16 @@ def _on_halt(profile: Profile) -> Iterator[str]:
                     f"drift.retry.change.{name} multiplies recipe.policy.args.{name}, which is {value!r}: nothing would "
                     f"change. Set recipe.policy.args.{name}, or change another argument."
                 )
+
+
+def _release(profile: Profile) -> Iterator[str]:
+    release = profile.release
+    if not release.promote and (release.push_to_hub or release.served_at):
+        idle = "push_to_hub" if release.push_to_hub else "served_at"
+        yield (
+            f"release.{idle} is set but release.promote is false: the run leaves a candidate, which is neither pushed nor "
+            "served. Set promote: true, or drop it."
+        )
 
 
 def _gates(profile: Profile) -> Iterator[str]:

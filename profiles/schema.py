@@ -260,6 +260,13 @@ class Gates(Strict):
     approval_timeout_seconds: int = Field(72 * 3600, gt=0, description="without an answer in this time the gate has failed")
 
 
+class HubRepository(Strict):
+    """A model repository on the Hugging Face hub; made if it is not there."""
+
+    repo: str = Field(pattern=r"^[\w.-]+/[\w.-]+$", description="owner/name")
+    private: bool = True
+
+
 class Release(Strict):
     """What happens to an export that passed every gate; no part of what is trained."""
 
@@ -268,6 +275,9 @@ class Release(Strict):
         None, pattern=r"^https?://", description="address of the server that must come to serve it, e.g. http://127.0.0.1:8000"
     )
     served_timeout_seconds: int = Field(600, gt=0)
+    push_to_hub: HubRepository | None = Field(
+        None, description="push the champion there; the token is HF_TOKEN or the Prefect Secret block hf-token"
+    )
 
 
 class StagePlacement(Strict):
