@@ -239,11 +239,16 @@ class Recipe(Strict):
     export: Export = Export()
 
 
+def _asked(limits: dict[str, float | None]) -> dict[str, float]:
+    """Leave out what is null: so a profile that extends another takes one of its limits back."""
+    return {metric: limit for metric, limit in limits.items() if limit is not None}
+
+
 class Gates(Strict):
     """What the candidate must show before it is merged and exported, and who says yes to its release (docs/gates.md)."""
 
     metric: str | None = Field(None, description="what `better_than` is judged by; null: recipe.evaluate.metric")
-    floors: dict[str, float] = Field(
+    floors: Annotated[dict[str, float | None], AfterValidator(_asked)] = Field(
         default_factory=dict, description="least value by metric; the whole 95 % interval of the policy's own must be there"
     )
     better_than: list[Literal["base", "sft", "champion"]] = Field(
@@ -252,7 +257,7 @@ class Gates(Strict):
     )
     gain_min: float = Field(0.0, ge=0, description="least gain over each of better_than, in points of the metric (0.02: two)")
     p_max: float = Field(0.05, gt=0, lt=0.5, description="level of the one-sided paired test of each gain")
-    not_worse: dict[str, Annotated[float, Field(gt=0)]] = Field(
+    not_worse: Annotated[dict[str, Annotated[float, Field(gt=0)] | None], AfterValidator(_asked)] = Field(
         default_factory=dict,
         description="margin by metric: a loss against the champion as large as that must be ruled out (non-inferiority)",
     )

@@ -128,7 +128,7 @@ def gate(home, folder, monkeypatch, tmp_path):
     monkeypatch.setenv("POSTTRAIN_HOME", str(folder))
 
     def judge(scores, settings=(), canaries=None, policy="p" * 12, rows="r" * 64):
-        profile = load("quickstart", ["gates.better_than=[champion]", "gates.not_worse={}", *settings])
+        profile = load("quickstart", ["gates.better_than=[champion]", "gates.not_worse.accuracy=null", *settings])
         run = open_pipeline_run(profile, "flow-run")
         models = {model for own in scores.values() for model in own}
         asked = {name: {"chat_template": "t", "tasks": {}} for name in models}
