@@ -25,7 +25,7 @@ _Loader.add_implicit_resolver(
 )
 ORIGINS = ("path", "hub", "prepared")
 # their keys are another library's, or a metric's name, checked later
-FREE_KEYS = ("args", "config", "contract", "columns", "env", "signals", "change")
+FREE_KEYS = ("args", "config", "contract", "columns", "env", "signals", "change", "floors", "not_worse")
 
 
 class InvalidProfile(ValueError):
