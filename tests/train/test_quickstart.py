@@ -219,7 +219,7 @@ def test_gate_failed_exits_6_and_releases_nothing(first, home):
     summary, done = home.run("quickstart", "gates.floors={accuracy: 0.999}")
     assert done.returncode == summary["exit_code"] == 6
     assert summary["gate"]["verdict"] == "FAIL" and "0.999" in summary["gate"]["claims"][0]["text"]
-    assert summary["export"] is None and statuses(summary)["merge"] == "skipped"
+    assert summary["export"] is None and statuses(summary)["export"] == statuses(summary)["promote"] == "skipped"
     assert outcome(home, summary) == ("FINISHED", "Failed")
 
 
