@@ -192,10 +192,12 @@ class Evaluate(Strict):
     task_folder: str | None = Field(None, description="lm-eval tasks of one's own: YAML files and their data, in one folder")
     num_fewshot: int | None = Field(None, ge=0, description="examples before each question of a task; null: the task's own")
     limit: int | None = Field(None, gt=0, description="only the first rows of each task")
+    backend: Literal["transformers", "vllm"] = Field("transformers", description="what answers lm-eval's tasks")
 
     @model_validator(mode="after")
     def _each_setting_is_read(self) -> "Evaluate":
         idle = [name for name in ("task_folder", "num_fewshot", "limit") if getattr(self, name) is not None]
+        idle += ["backend"] if self.backend != "transformers" else []
         if idle and not self.tasks:
             raise ValueError(f"{idle[0]} is set but tasks is empty: nothing would read it. Name the tasks, or drop it")
         for name, given in (("rewards", self.rewards), ("tasks", self.tasks)):

@@ -49,14 +49,17 @@ def main(spec: JobSpec) -> JobResult:
     """
     data, tasks = rows(spec, "rows"), find_tasks(spec)
     refuse_unanswerable(spec.config, data.column_names)
+    chat = isinstance(data[0]["prompt"], list)
+    by_vllm = measured_by_vllm(tasks, spec, chat)
     speakers = load_speakers(spec)
     lines, scalars, comparable, texts = [], {}, {}, {}
     for speaker in speakers:
         with speaking(speaker):
             own, texts[speaker.name] = asked(speaker, data, spec.config)
-            more, values, hashes = harness_results(speaker, tasks, spec, chat=isinstance(data[0]["prompt"], list))
-        lines += [{"model": speaker.name} | line for line in own + more]
-        scalars |= {f"{metric}/{speaker.name}": value for metric, value in values.items()}
+            found = by_vllm.get(speaker.name) or measured(speaker, tasks, spec, chat)
+        lines += [{"model": speaker.name} | line for line in own + (found.lines if found else [])]
+        scalars |= {f"{metric}/{speaker.name}": value for metric, value in found.scalars.items()} if found else {}
+        hashes = found.hashes if found else {}
         comparable[speaker.name] = {"chat_template": template_digest(speaker.tokenizer), "tasks": hashes}
     if spec.config["win_rate"]:
         won, values = win_rates(spec, data["prompt"], texts)
@@ -201,16 +204,23 @@ def find_tasks(spec: JobSpec) -> Any:
     return harness.load_tasks(spec.config["tasks"], folder, spec.work / "cache")
 
 
-def harness_results(
-    speaker: Speaker, tasks: Any, spec: JobSpec, chat: bool
-) -> tuple[list[Row], dict[str, float], dict[str, str]]:
-    """Return a model's lines, its metrics without rows, and the hash of each lm-eval task."""
+def measured(speaker: Speaker, tasks: Any, spec: JobSpec, chat: bool) -> Any:
+    """Return what lm-eval measured of a model that is loaded here, None if no task is asked for."""
     if tasks is None:
-        return [], {}, {}
+        return None
     from tasks.jobs import harness
 
-    found = harness.run_tasks(tasks, speaker.model, speaker.tokenizer, spec.config, seed=spec.seed, chat=chat)
-    return found.lines, found.scalars, found.hashes
+    model = harness.loaded(speaker.model, speaker.tokenizer, spec.config["batch_size"])
+    return harness.run_tasks(tasks, model, spec.config, seed=spec.seed, chat=chat)
+
+
+def measured_by_vllm(tasks: Any, spec: JobSpec, chat: bool) -> dict[str, Any]:
+    """Return what lm-eval measured of every model where vLLM answers its tasks, else nothing."""
+    if tasks is None or spec.config["backend"] != "vllm":
+        return {}
+    from tasks.jobs import harness_vllm
+
+    return harness_vllm.measure(tasks, spec, chat)
 
 
 def win_rates(spec: JobSpec, prompts: list[Any], texts: dict[str, list[str]]) -> tuple[list[Row], dict[str, float]]:

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness on a model that is already loaded: the one place that imports lm_eval.
+"""lm-evaluation-harness: the tasks, and what a model scored on them.
 
 Tasks are lm-eval's own by name, and those of the profile's `task_folder`: YAML files beside their data. What a folder's YAML
 names is looked for beside that YAML, and must lie in the folder, for the folder's bytes are what the evaluation is keyed on.
@@ -15,6 +15,7 @@ from typing import Any
 import datasets
 import lm_eval
 from lm_eval.api.metrics import mean
+from lm_eval.api.model import LM
 from lm_eval.api.task import Task
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
@@ -128,18 +129,20 @@ def load_tasks(names: list[str], folder: Path | None, cache: Path) -> Tasks:
     return Tasks(names, manager, leaves)
 
 
-def run_tasks(
-    tasks: Tasks, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: Row, *, seed: int, chat: bool
-) -> Measured:
+def loaded(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> LM:
+    """Return lm-eval's view of a model that is loaded here."""
+    # a base's own generation_config may hold a repetition penalty, which applies to greedy decoding too
+    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+
+
+def run_tasks(tasks: Tasks, model: LM, config: Row, *, seed: int, chat: bool) -> Measured:
     """Return the model's results; `chat` renders prompts with the tokenizer's template, few-shot examples as turns.
 
     Raises RuntimeError for a score that is no finite number.
     """
-    # a base's own generation_config may hold a repetition penalty, which applies to greedy decoding too
-    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     results = lm_eval.simple_evaluate(
-        model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=config["batch_size"]),
-        tasks=tasks.names, task_manager=tasks.manager, num_fewshot=config["num_fewshot"], limit=config["limit"],
+        model=model, tasks=tasks.names, task_manager=tasks.manager, num_fewshot=config["num_fewshot"], limit=config["limit"],
         apply_chat_template=chat, bootstrap_iters=0,
         random_seed=seed, numpy_random_seed=seed, torch_random_seed=seed, fewshot_random_seed=seed,
     )  # fmt: skip

@@ -2,12 +2,14 @@
 
 import json
 import math
+import os
 import random
 import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -21,6 +23,7 @@ PROJECT = Path(__file__).resolve().parents[2]
 CONFIG = {
     "metric": "accuracy", "scorer": "exact_answer", "rewards": [], "win_rate": False, "max_new_tokens": 8, "max_length": 64,
     "batch_size": 10, "tasks": [], "num_fewshot": None, "limit": None,
+    "backend": "transformers",
 }  # fmt: skip
 NAMES = ("base_model", "sft", "policy", "merge", "rows", "reward_model", "champion")
 CANARIES = {"num_prompts": 8, "max_new_tokens": 8, "batch_size": 8}
@@ -264,6 +267,29 @@ def test_lm_eval_decodes_greedily_whatever_the_bases_generation_config_says(scho
     assert scores(spec, "copy_digits/exact_match") == {name: unpenalised[name][:12] for name in ("base", "policy")}
     assert sum(unpenalised["base"][:12]) > 3
     assert "copy_median/exact_match/base" in result.metrics and scores(spec, "copy_median/exact_match") == {}
+
+
+def test_vllm_answers_the_tasks_as_transformers_does_and_leaves_no_process(
+    schooled, digits, whole, tmp_path
+):
+    """The launcher's ranks are not vLLM's."""
+    from tasks.jobs import evaluate
+
+    inputs = {name: getattr(schooled, name) for name in ("base_model", "sft", "policy", "merge", "rows")}
+    tasks = {"tasks": ["smallest_digit", "copy_digits"], "backend": "vllm"}
+    spec = job(tmp_path, inputs | {"task_folder": str(digits)}, **tasks)
+    with pytest.MonkeyPatch.context() as launcher:
+        launcher.setenv("WORLD_SIZE", "2")
+        launcher.setenv("RANK", "1")
+        result = evaluate.main(spec)
+        assert os.environ["WORLD_SIZE"] == "2"
+    for metric in ("smallest_digit/acc", "copy_digits/exact_match"):
+        by_transformers = scores(whole[0], metric)
+        assert scores(spec, metric) == {name: by_transformers[name] for name in ("base", "sft", "policy")}
+    assert result.details["comparable"]["sft"] == whole[1].details["comparable"]["sft"]
+    assert len({result.metrics[f"copy_digits/exact_match/{name}"] for name in ("base", "sft", "policy")}) > 1
+    assert not [child for child in psutil.Process().children(recursive=True) if "EngineCore" in " ".join(child.cmdline())]
+    assert not (spec.work / "merged_sft").exists()
 
 
 def test_kl_to_the_champion_is_0_where_the_policy_is_the_champion(schooled, tmp_path):
