@@ -12,7 +12,9 @@ from prefect.states import Cancelled
 
 from tasks.artifacts import Store
 from tasks.errors import JobFailed, MachineUnfit, PipelineError, RunCancelled
+from tasks.failures import BUG, PREEMPTED
 from tasks.fingerprints import code_digest, library_versions
+from tasks.guard import USAGE
 from tasks.interrupts import interrupts
 from tasks.job_order import JobOrder
 from tasks.launch import build_here, work_folder
@@ -37,7 +39,7 @@ def accelerate_job(order: dict[str, Any]) -> State | None:
     wanted = JobOrder.model_validate(order)
     here, work = store(), work_folder(wanted)
     mirror = Mirror(here, wanted)
-    outcome: dict[str, Any] = {"error": "JobFailed", "message": "a bug: the log of its run has the traceback"}
+    outcome: dict[str, Any] = {"error": "JobFailed", "message": "a bug: the log of its run has the traceback", "cause": BUG}
     try:
         with ended_by_name(wanted.stage):
             refuse_other_machine(wanted, here)
@@ -46,7 +48,7 @@ def accelerate_job(order: dict[str, Any]) -> State | None:
                 build_here(wanted, inputs, here, mirror.hear, stop)
         outcome = {"error": None}
     except PipelineError as error:
-        outcome = {"error": type(error).__name__, "message": str(error)}
+        outcome = {"error": type(error).__name__, "message": str(error), "cause": getattr(error, "cause", BUG)}
         if isinstance(error, RunCancelled):
             return Cancelled(message=str(error))
         raise
@@ -65,7 +67,7 @@ def ended_by_name(stage: str) -> Iterator[None]:
         if called_off(flow_run.id, flow_run.parent_flow_run_id):
             raise RunCancelled(str(error) or f"{stage} was cancelled") from None
         raise JobFailed(
-            f"{stage} was ended because its worker was stopped. The next run goes on from its checkpoint."
+            f"{stage} was ended because its worker was stopped. The next attempt goes on from its checkpoint.", PREEMPTED
         ) from None
 
 
@@ -103,7 +105,7 @@ class Mirror:
 
     def finish(self) -> None:
         """Copy the last state of everything; the outcome goes last, because it ends the wait of the ordering run."""
-        for name in (*MIRROR_SECONDS, "result.json", OUTCOME):
+        for name in (*MIRROR_SECONDS, USAGE, "result.json", OUTCOME):
             self._put(name)
 
     def _put(self, name: str) -> None:

@@ -1,4 +1,4 @@
-"""The `posttrain` command: run, plan, validate, drift, serve, champion, promote, rollback, ui, pools, sweep, doctor."""
+"""The `posttrain` command: run, plan, why, lineage, gc, validate, drift, serve, champion, promote, rollback, ui, pools, …"""
 
 import json
 import os
@@ -71,6 +71,53 @@ def plan(profile: ProfileName, overrides: Overrides = None) -> None:
     loaded = load_profile(profile, overrides)
     check_profile(loaded)
     terminal.show_plan(planning.plan(loaded))
+
+
+@app.command()
+def why(
+    stage: Annotated[str, typer.Argument(help="a stage as the summary names it: sft, reward_model, grpo, validate-eval, …")],
+    profile: Annotated[str, typer.Argument(help="the profile whose runs are compared")] = "quickstart",
+    run_id: Annotated[
+        str | None, typer.Option("--run", help="the later run; default: the newest that came to the stage")
+    ] = None,
+    against: Annotated[str | None, typer.Option(help="the earlier run; default: the one before")] = None,
+) -> None:
+    """Say why a stage's result differs between two runs: the fields that differ, and what its metrics did."""
+    from flows import terminal
+    from flows import why as comparing
+
+    terminal.show_comparison(comparing.why(stage, profile, against, run_id))
+
+
+@app.command()
+def lineage(
+    what: Annotated[str, typer.Argument(help="a run's id, a profile's name for its newest, or a folder that is served")],
+    as_json: Annotated[bool, typer.Option("--json", help="print it as JSON")] = False,
+) -> None:
+    """Walk from what is served back to rows, base, code and versions, and check on the way that all of it is whole."""
+    from dataclasses import asdict
+
+    from flows import lineage as tracing
+    from flows import terminal
+
+    found = tracing.lineage(what)
+    print(json.dumps(asdict(found), indent=1)) if as_json else terminal.show_lineage(found)
+    if any(node.state not in ("whole", "not here") for node in tracing.roots(found)):
+        sys.exit(1)
+
+
+@app.command()
+def gc(
+    keep: Annotated[int, typer.Option(min=1, help="how many of each profile's newest runs keep their artifacts")] = 5,
+    delete: Annotated[bool, typer.Option("--delete", help="remove what is shown")] = False,
+) -> None:
+    """Show what no release, no recent run and no living process needs; with --delete, free it."""
+    from flows import cleaning, terminal
+
+    found = cleaning.unneeded(keep)
+    if delete:
+        cleaning.free(found)
+    terminal.show_freed(found, delete)
 
 
 @app.command()

@@ -3,14 +3,14 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from flows.post_training import wanted_datasets
-from profiles.schema import Grpo, Profile
+from profiles.schema import STAGES, Grpo, Profile, Recipe
 from tasks.artifacts import Artifact
 from tasks.build import Stage
 from tasks.champion import find_opponent
 from tasks.evaluate_policy import evaluate_stage
 from tasks.export_vllm import export_stage
 from tasks.fingerprints import fingerprint
+from tasks.ledger import estimate
 from tasks.merge_lora import merge_stage
 from tasks.pipeline_run import last_manifests, store
 from tasks.prepare_data import find_base_model, prepare_stage
@@ -19,9 +19,14 @@ from tasks.train_reward_model import reward_model_stage
 from tasks.train_sft import sft_stage
 from tasks.validate_data import identify, locate_dataset, tokens_of
 
+BLOCKS = {name: name for name in STAGES}  # a stage's part of the recipe; the policy's stage has its method's name
+
 
 def plan(profile: Profile) -> list[dict[str, Any]]:
-    """Return a row per stage, `{"stage", "status": "cached" | "run", "why": [...]}`, in the order of a run."""
+    """Return a row per stage, `{"stage", "status": "cached" | "run", "why": [...], "cost": {...} | None}`, in a run's order.
+
+    The cost is that of the stage's last builds in this profile's runs, the median.
+    """
     recipe, look = profile.recipe, _Lookup(profile)
     made = base = None
     if recipe.prepare:
@@ -56,6 +61,13 @@ def plan(profile: Profile) -> list[dict[str, Any]]:
     return look.rows
 
 
+def wanted_datasets(recipe: Recipe) -> list[str]:
+    """Return the training datasets that some stage of the recipe reads; the others are not even validated."""
+    wanted = {"sft": recipe.sft, "preference": recipe.reward_model, "prompts": None}
+    wanted["prompts" if isinstance(recipe.policy, Grpo) else "preference"] = recipe.policy
+    return [name for name, reader in wanted.items() if reader]
+
+
 @dataclass
 class _Lookup:
     """Walks the stages in order; one whose input is not built yet cannot have been built on it."""
@@ -87,15 +99,18 @@ class _Lookup:
                 hit = store().fetch(hit)
             return self._add(stage, hit, [f"{folder}/{key}"])
         last = next(last_manifests(self.profile.name, stage, folder), None)
-        return self._add(stage, None, ["never built"] if last is None else difference(last["identity"], identity))
+        if last is None:
+            return self._add(stage, None, ["never built"])
+        return self._add(stage, None, [named(line, stage) for line in difference(last["identity"], identity)])
 
     def _add(self, stage: str, artifact: Artifact | None, why: list[str]) -> Artifact | None:
-        self.rows.append({"stage": stage, "status": "cached" if artifact else "run", "why": why})
+        cost = None if artifact else estimate(self.profile.name, stage)
+        self.rows.append({"stage": stage, "status": "cached" if artifact else "run", "why": why, "cost": cost})
         return artifact
 
 
 def difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """Return one line `field old → new` per field in which two identities differ."""
+    """Return one line `field old → new` per field in which two identities differ, by the identity's own names."""
     lines: list[str] = []
     for key in sorted(old.keys() | new.keys()):
         before, after = old.get(key, "absent"), new.get(key, "absent")
@@ -104,6 +119,18 @@ def difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> li
         elif before != after:
             lines.append(f"{prefix}{key} {_short(before)} → {_short(after)}")
     return lines
+
+
+def named(line: str, stage: str) -> str:
+    """Return a line of `difference` by the profile's names: a stage's settings are one block of the recipe."""
+    field, changed = line.split(" ", 1)
+    head, _, rest = field.partition(".")
+    top = rest.split(".")[0]
+    if head != "recipe" or top == "seed":
+        return line
+    shared = {"dtype": "recipe.base_model.dtype", "base_digest": "recipe.base_model"}
+    block = f"datasets.{stage.removeprefix('validate-')}" if stage.startswith("validate-") else BLOCKS.get(stage, "policy")
+    return f"{shared.get(top, f'recipe.{block}.{rest}')} {changed}"
 
 
 def _short(value: Any) -> str:

@@ -9,16 +9,19 @@ from prefect.states import Cancelled
 from pydantic import Field
 
 from flows.approval import require_approval
+from flows.plan import plan, wanted_datasets
 from flows.reporting import gate_candidate, reported
 from flows.sweep import sweep_runs
 from profiles.load import shipped
-from profiles.schema import Grpo, Recipe
+from profiles.schema import Budget, Grpo
 from tasks.artifacts import Artifact
+from tasks.attempts import retried
 from tasks.check_profile import check_profile, load_profile
 from tasks.errors import RunCancelled
 from tasks.evaluate_policy import evaluate_policy
 from tasks.export_vllm import export_vllm
 from tasks.interrupts import interrupts, suspension
+from tasks.ledger import refuse_before
 from tasks.merge_lora import merge_lora
 from tasks.pipeline_run import PipelineRun, open_pipeline_run, suspended_run
 from tasks.prepare_data import find_base_model, prepare_data
@@ -64,6 +67,8 @@ def new_run(profile: str, overrides: list[str]) -> PipelineRun:
     if loaded.release.push_to_hub:
         find_token()  # that there is none must not be found out after hours of training
     sweep_runs()
+    if loaded.budget != Budget():
+        refuse_before(loaded.name, loaded.budget, [row["stage"] for row in plan(loaded) if row["status"] == "run"])
     return open_pipeline_run(loaded, flow_run.id)
 
 
@@ -92,8 +97,8 @@ def run_stages(run: PipelineRun) -> None:
     recipe = run.profile.recipe
     made = None
     if recipe.prepare:
-        made = done(run, start(prepare_data, run, find_base_model(run.profile, None) if recipe.prepare.base_model else None))
-        made = run.store.fetch(made)
+        sampled = find_base_model(run.profile, None) if recipe.prepare.base_model else None
+        made = run.store.fetch(done(run, launched("prepare", prepare_data, run, sampled)))
     base = find_base_model(run.profile, made)
     held_out = run.store.fetch(done(run, start(validate_data, run, "eval", made, base, None)))
     validations = {name: start(validate_data, run, name, made, base, held_out) for name in wanted_datasets(recipe)}
@@ -101,25 +106,23 @@ def run_stages(run: PipelineRun) -> None:
 
     training = {}
     if recipe.sft:
-        training["sft"] = start(train_sft, run, base, data["sft"])
+        training["sft"] = launched("sft", train_sft, run, base, data["sft"])
     if recipe.reward_model:
-        training["reward_model"] = start(train_reward_model, run, base, data["preference"])
+        training["reward_model"] = launched("reward_model", train_reward_model, run, base, data["preference"])
     trained = all_done(run, training)
     sft, reward_model = trained.get("sft"), trained.get("reward_model")
     rows = data["prompts" if isinstance(recipe.policy, Grpo) else "preference"]
-    policy = done(run, start(train_policy, run, base, sft, rows, reward_model, held_out))
+    policy = done(run, launched("policy", train_policy, run, base, sft, rows, reward_model, held_out))
 
-    merged = done(run, start(merge_lora, run, base, policy))
-    evaluation = done(run, start(evaluate_policy, run, base, sft, policy, merged, held_out, reward_model))
+    merged = done(run, launched("merge", merge_lora, run, base, policy))
+    evaluation = done(run, launched("evaluate", evaluate_policy, run, base, sft, policy, merged, held_out, reward_model))
     gate_candidate(run, policy, run.store.fetch(evaluation))
-    done(run, start(export_vllm, run, base, policy, merged, held_out, evaluation))
+    done(run, launched("export", export_vllm, run, base, policy, merged, held_out, evaluation))
 
 
-def wanted_datasets(recipe: Recipe) -> list[str]:
-    """Return the training datasets that some stage of the recipe reads; the others are not even validated."""
-    wanted = {"sft": recipe.sft, "preference": recipe.reward_model, "prompts": None}
-    wanted["prompts" if isinstance(recipe.policy, Grpo) else "preference"] = recipe.policy
-    return [name for name, reader in wanted.items() if reader]
+def launched(stage: str, task: Task, run: PipelineRun, *args: Any) -> PrefectFuture:
+    """Start a stage's task; Prefect tries it again after a failure that another attempt can mend."""
+    return task.with_options(**retried(run, run.profile.placement.of(stage))).submit(run, *args)
 
 
 def start(task: Task, *args: Any) -> PrefectFuture:

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from tasks.ledger import UNITS
 from tasks.monitoring import curves, mlflow_runs
 from tasks.monitoring.metrics import CURVES, MEANING, key_metric
 from tasks.pipeline_run import PipelineRun
@@ -47,7 +48,7 @@ def html(run: PipelineRun, summary: dict[str, Any], plots: Plots, past: dict[str
         _curves(plots),
         _samples(run, summary),
         f"<h2>Export</h2><p><code>{_text(summary['serve'])}</code></p>" if summary["serve"] else "",
-        _cost(run, summary["stages"]),
+        _cost(run, summary["stages"], summary["cost"]),
         _versions(run, summary["stages"]),
     ]
     head = f"<meta name=viewport content='width=device-width'><title>{run.profile.name}</title><style>{STYLE}</style>"
@@ -184,13 +185,16 @@ def _data(run: PipelineRun, stages: list[dict[str, Any]]) -> str:
     return "<h2>Data</h2>" + _table(("dataset", "kind", "rows", "set aside", "tokens"), rows) if rows else ""
 
 
-def _cost(run: PipelineRun, stages: list[dict[str, Any]]) -> str:
+def _cost(run: PipelineRun, stages: list[dict[str, Any]], cost: dict[str, Any]) -> str:
     ran = [record for record in stages if record["status"] == "ran"]
     cached = [record for record in stages if record["status"] == "cached" and record["artifact"]]
     spared = sum(_manifest(run, record).get("artifact", {}).get("seconds", 0.0) for record in cached)
     total = sum(record["seconds"] for record in ran)
     text = f"{total:,.0f} s in {len(ran)} stages that ran; {len(cached)} came from the store, which spared {spared:,.0f} s."
-    return f"<h2>Cost</h2><p>{text}</p>"
+    rows = [("all jobs", cost["total"]), *((f"for nothing: {cause}", wasted) for cause, wasted in cost["waste"].items())]
+    cells = [[what, *(f"{used[unit]:,.0f}" for unit in UNITS)] for what, used in rows]
+    table = _table(("", *(unit.replace("_", " ") for unit in UNITS)), cells) if any(cost["total"].values()) else ""
+    return f"<h2>Cost</h2><p>{text}</p>{table}"
 
 
 def _versions(run: PipelineRun, stages: list[dict[str, Any]]) -> str:

@@ -19,6 +19,7 @@ from tasks import gates, retrains
 from tasks.artifacts import Artifact, disk_errors
 from tasks.errors import GateFailed, RunCancelled, RunDied
 from tasks.interrupts import interrupts, suspension
+from tasks.ledger import ledger, total
 from tasks.monitoring import mlflow_runs
 from tasks.pipeline_run import CLOSED, PipelineRun, StageRecord, write_json
 
@@ -63,8 +64,7 @@ def write_report(run: PipelineRun, summary: dict[str, Any]) -> None:
 
 def summarise(run: PipelineRun, error: BaseException | None) -> dict[str, Any]:
     """Return the run's summary: the same for a person's table, a script's JSON and the report."""
-    records = run.records()
-    by_stage = {record.stage: record for record in records}
+    by_stage = concluded(run.records())
     export = by_stage.get("export")
     return {
         "profile": run.profile.name,
@@ -72,7 +72,8 @@ def summarise(run: PipelineRun, error: BaseException | None) -> dict[str, Any]:
         "status": status_of(error),
         "exit_code": exit_code_of(error),
         "error": None if error is None else f"{type(error).__name__}: {error}",
-        "stages": [asdict(record) for record in in_order(run, [*records, *skipped(run, by_stage)])],
+        "stages": [asdict(record) for record in in_order(run, [*by_stage.values(), *skipped(run, by_stage)])],
+        "cost": ledger(run),
         "metrics": _read(run.folder / "metrics.json", {}),
         "gate": _read(run.folder / "gate.json", None),
         "retrain": _read(run.folder / "retrain.json", None),
@@ -84,6 +85,18 @@ def summarise(run: PipelineRun, error: BaseException | None) -> dict[str, Any]:
         "mlflow_run_id": run.mlflow_run_id,
         "prefect_flow_run_id": run.flow_run_id,
     }
+
+
+def concluded(records: list[StageRecord]) -> dict[str, StageRecord]:
+    """Return each stage's last record; attempts that were made before it are among its notes."""
+    last: dict[str, StageRecord] = {}
+    for record in records:
+        before = last.get(record.stage)
+        if before and before.cause:
+            failed = f"an attempt failed ({before.cause}): {str(before.reason).splitlines()[0]}"
+            record.notes = [*before.notes, failed, *record.notes]
+        last[record.stage] = record
+    return last
 
 
 def serve_command(run: PipelineRun, export: StageRecord | None) -> str | None:
@@ -209,6 +222,7 @@ def publish(run: PipelineRun, summary: dict[str, Any]) -> None:
     write_json(run.folder / "summary.json", summary)
     for record in summary["stages"]:
         mlflow_runs.set_tags(run.mlflow_run_id, {f"stage.{record['stage']}": record["status"]})
+    mlflow_runs.log_scalars(run.mlflow_run_id, cost_metrics(summary["cost"]))
     if summary["exit_code"] == 0:
         mlflow_runs.set_tags(run.mlflow_run_id, {"accepted": "true"})
     plots = report.plots_of(summary["stages"])
@@ -216,6 +230,12 @@ def publish(run: PipelineRun, summary: dict[str, Any]) -> None:
     (run.folder / "report.html").write_text(report.html(run, summary, plots, past), encoding="utf-8")
     mlflow_runs.log_file(run.mlflow_run_id, run.folder / "report.html")
     create_markdown_artifact(key="summary", markdown=report.markdown(run, summary, plots), description="Stages, metrics, gate")
+
+
+def cost_metrics(cost: dict[str, Any]) -> dict[str, float]:
+    """Return the ledger as metrics of the run: `cost/cpu_seconds`, `cost/wasted_cpu_seconds`, …"""
+    wasted = total(list(cost["waste"].values()))
+    return {f"cost/{unit}": v for unit, v in cost["total"].items()} | {f"cost/wasted_{unit}": v for unit, v in wasted.items()}
 
 
 def label(run: PipelineRun, summary: dict[str, Any]) -> None:

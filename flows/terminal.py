@@ -13,6 +13,7 @@ from rich.status import Status
 from rich.table import Table
 
 from tasks.errors import DriftHalted, PipelineError
+from tasks.ledger import total
 
 console = Console(stderr=True)
 GATE_COLOUR = {"PASS": "green", "FAIL": "red", "INCONCLUSIVE": "yellow"}
@@ -81,6 +82,9 @@ def show_summary(summary: dict[str, Any]) -> None:
         _show_gate(summary["gate"])
     if summary["approval"]:
         console.print(f"release {escape(approval_text(summary['approval']))}", highlight=False, soft_wrap=True)
+    if any(summary["cost"]["total"].values()):
+        wasted = "".join(f", {cost_text(cost)} for nothing ({cause})" for cause, cost in summary["cost"]["waste"].items())
+        console.print(f"\ncost {cost_text(summary['cost']['total'])}{wasted}", highlight=False)
     console.print()
     if summary["serve"] and summary["exit_code"] == 0:
         _place("serve", f"posttrain serve {summary['run_id']}")
@@ -106,11 +110,81 @@ def _show_gate(gate: dict[str, Any]) -> None:
 def show_plan(rows: list[dict[str, Any]]) -> None:
     """Print for each stage whether it would run, and why."""
     table = Table(box=None, pad_edge=False)
-    for column in ("stage", "", "why"):
-        table.add_column(column, overflow="fold")
+    for column in ("stage", "", "about", "why"):
+        table.add_column(column, overflow="fold", justify="right" if column == "about" else "left")
     for row in rows:
-        table.add_row(row["stage"], f"[{STATUS_COLOUR[row['status']]}]{row['status']}[/]", escape("\n".join(row["why"])))
+        status = f"[{STATUS_COLOUR[row['status']]}]{row['status']}[/]"
+        table.add_row(row["stage"], status, cost_text(row["cost"], short=True), escape("\n".join(row["why"])))
     Console().print(table)
+    if known := [row["cost"] for row in rows if row["cost"]]:
+        console.print(f"to run: about {cost_text(total(known))}, by the median of the last builds", highlight=False)
+
+
+def show_comparison(found: Any) -> None:
+    """Print the fields in which two builds differ, and by how much their metrics do."""
+    out = Console()
+    for run_id, record in (found.earlier, found.later):
+        out.print(f"{run_id}  {record.stage}/{record.fingerprint}  {record.status}", highlight=False)
+    out.print("\n".join(map(escape, found.fields)) or "made of the same: one artifact, and one set of numbers", highlight=False)
+    changed = {name: pair for name, pair in found.metrics.items() if pair[0] != pair[1]}
+    if changed:
+        table = Table(box=None, pad_edge=False)
+        for column in ("metric", "before", "after"):
+            table.add_column(column, justify="left" if column == "metric" else "right", overflow="fold")
+        for name, (before, after) in sorted(changed.items()):
+            table.add_row(escape(name), f"{before:.4g}", f"{after:.4g}")
+        out.print(table)
+
+
+def show_lineage(node: Any) -> None:
+    """Print the tree behind an artifact, each thing's facts under its name; what several stages read is spelled out once."""
+    from rich.tree import Tree
+
+    told: set[str] = set()
+
+    def branch(tree: Tree, node: Any) -> None:
+        state = "" if node.state == "whole" else f"  [red]{escape(node.state)}[/]"
+        again = node.what in told
+        head = tree.add(f"{escape(node.role)} [bold]{escape(node.what)}[/]{state}{'  (above)' if again else ''}".strip())
+        if again:
+            return
+        told.add(node.what)
+        for name, value in node.facts.items():
+            if name != "libraries":
+                head.add(f"[dim]{name}[/] {escape(str(value))}", highlight=False)
+        for child in node.made_of:
+            branch(head, child)
+
+    out = Tree("", hide_root=True)
+    branch(out, node)
+    Console().print(out)
+    if libraries := node.facts.get("libraries"):
+        console.print("libraries  " + "  ".join(f"{name} {version}" for name, version in libraries.items()), highlight=False)
+
+
+def show_freed(found: list[Any], is_done: bool) -> None:
+    """Print what is freed, or would be, the largest first."""
+    table = Table(box=None, pad_edge=False)
+    for column in ("MB", "path", "why"):
+        table.add_column(column, justify="right" if column == "MB" else "left", overflow="fold")
+    for item in sorted(found, key=lambda item: -item.size):
+        table.add_row(f"{item.size / 1e6:,.1f}", escape(str(item.path)), item.why)
+    if found:
+        Console().print(table)
+    size = sum(item.size for item in found) / 1e6
+    did = "freed" if is_done else "would be freed; nothing was removed yet: --delete does it"
+    console.print(f"{size:,.1f} MB in {len(found)} places {did}" if found else "nothing to free", highlight=False)
+
+
+def cost_text(cost: dict[str, float] | None, short: bool = False) -> str:
+    """Return a cost as a person reads it: wall time, and the hours of CPU and GPU."""
+    if not cost:
+        return ""
+    wall = f"{cost['wall_seconds']:.0f} s"
+    if short:
+        return wall
+    gpu = f", {cost['gpu_seconds'] / 3600:.3g} GPU-hours" if cost["gpu_seconds"] else ""
+    return f"{wall}, {cost['cpu_seconds'] / 3600:.3g} CPU-hours{gpu}"
 
 
 def show_history(profile: str, rows: list[dict[str, Any]]) -> None:

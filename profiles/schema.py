@@ -296,7 +296,13 @@ class StagePlacement(Strict):
     queue: str = Field("interactive", description="queue of the work pool; `nightly` lets people go first")
     accelerate: str = Field("cpu", description="a file of profiles/accelerate/, without .yaml")
     python: str | None = Field(None, description="the job environment's interpreter; default: the one `make` built")
-    timeout_seconds: int = Field(6 * 3600, gt=0)
+    timeout_seconds: int = Field(6 * 3600, gt=0, description="limit of one attempt at a stage")
+    hang_seconds: int = Field(
+        1800, gt=0, description="a job without a step, or before its first one a log line, for so long hangs"
+    )
+    retries: int = Field(3, ge=0, description="attempts after one that hung, died, ran out of memory or lost a connection")
+    retry_delay_seconds: float = Field(10, ge=0, description="before the second attempt; doubled for each further one")
+    checkpoint_seconds: int = Field(300, gt=0, description="between two checkpoints of a training job")
     env: dict[str, str] = Field(default_factory=dict, description="environment of the job: NCCL, OMP_NUM_THREADS, …")
 
     @model_validator(mode="after")
@@ -304,6 +310,13 @@ class StagePlacement(Strict):
         if "local" in self.tags and len(self.tags) > 1:
             raise ValueError(f"tags {self.tags}: local means this very process, it has no other tags beside it")
         return self
+
+
+class Budget(Strict):
+    """What one run may cost; it is refused, or stopped between two stages or attempts, where it would cost more."""
+
+    cpu_hours: float | None = Field(None, gt=0, description="CPU time of all its jobs")
+    gpu_hours: float | None = Field(None, gt=0, description="time of all its jobs times the GPUs that they hold")
 
 
 STAGES = ("prepare", "sft", "reward_model", "policy", "evaluate", "merge", "export")
@@ -336,4 +349,5 @@ class Profile(Strict):
     drift: Drift = Drift()
     gates: Gates = Gates()
     release: Release = Release()
+    budget: Budget = Budget()
     placement: Placement = Placement()

@@ -40,6 +40,13 @@ class Artifact:
     def __truediv__(self, name: str) -> Path:
         return Path(self.path) / name
 
+    @property
+    def source(self) -> str:
+        """What a person finds it by: its place in the store, its address on the hub, or the path where it was read."""
+        if "hub" in self.details:
+            return f"hub:{self.details['hub']}@{self.details['commit']}"
+        return self.path if self.stage in ("base_model", "task_folder") else f"{self.stage}/{self.fingerprint}"
+
 
 class Store:
     """`<root>/<stage>/<fingerprint>/`: written beside, hashed into a manifest, renamed into place.
@@ -203,7 +210,7 @@ class Store:
         try:
             kept = self._there(self.remote.push(Path(made.path), made.stage, made.fingerprint))
         except MachineUnfit as error:
-            raise MachineUnfit(f"{error} What was built is whole on this machine, in {made.path}.") from error
+            raise MachineUnfit(f"{error} What was built is whole on this machine, in {made.path}.", error.cause) from error
         if kept.digest == made.digest:
             return made
         log.warning("%s was built on another machine first: that one is taken, and %s removed", kept.path, made.path)

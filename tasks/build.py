@@ -9,16 +9,20 @@ from prefect.states import Completed
 
 from profiles.schema import StagePlacement
 from tasks.artifacts import Artifact
+from tasks.attempts import cause_of, failed_attempts, pause, smaller_batches
 from tasks.environment import home
-from tasks.errors import DriftHalted
+from tasks.errors import BudgetExceeded, DriftHalted
+from tasks.failures import TIMEOUT
 from tasks.fingerprints import code_digest, fingerprint, library_versions
 from tasks.follow_job import follow_job, headline, notes_of
 from tasks.job_order import JobOrder
 from tasks.launch import slot
-from tasks.local_job import ONE_PROCESS, job_python, num_processes
+from tasks.lease import lease
+from tasks.ledger import refuse_next, seconds_left, spent
+from tasks.local_job import ONE_PROCESS, job_python, num_processes, uses_cpu
 from tasks.monitoring import mlflow_runs
 from tasks.monitoring.drift import ALWAYS, HALT, replay
-from tasks.pipeline_run import PipelineRun, recorded
+from tasks.pipeline_run import PipelineRun, recorded, write_json
 
 log = logging.getLogger("posttrain")
 
@@ -58,31 +62,64 @@ class Stage:
 def build(run: PipelineRun, stage: Stage, placement: StagePlacement) -> Artifact | State:
     """Return the stage's artifact: built now, or as a Prefect state named Cached when the store has it whole.
 
-    Raises what `launch` raises; nothing of a failed build is left in the store.
+    While another run builds the same one, this waits for it. Raises what `launch` raises, BudgetExceeded, and RunCancelled if
+    the run is stopped meanwhile; nothing of a failed build is left in the store.
     """
+    failed = failed_attempts(run, stage.name)
+    pause(run, stage.name, failed, placement)
     identity = stage.identity(placement)
     key = fingerprint(identity)
     if (hit := run.store.find(stage.name, key)) is not None:
         return cached(run, stage.name, hit, stage.judged_by)
+    with lease(run.store.root, stage.name, key, run.run_id, run.stop), slot(placement):
+        if (hit := run.store.find(stage.name, key)) is not None:
+            return cached(run, stage.name, hit, stage.judged_by)
+        refuse_next(run, stage.name)
+        artifact = build_now(run, stage, placement, identity, smaller_batches(stage.config, failed))
+    return artifact
+
+
+def build_now(
+    run: PipelineRun, stage: Stage, placement: StagePlacement, identity: dict[str, Any], config: dict[str, Any]
+) -> Artifact:
+    """Launch the stage's job, with a run of its own in MLflow, and record what became of it and what it cost."""
+    key, within = fingerprint(identity), within_budget(run, placement)
     tags = {"stage": stage.name, "fingerprint": key, "run_id": run.run_id}
     with (
-        slot(placement),
         recorded(run, stage.name, key) as record,
         mlflow_runs.stage_run(run.profile.name, stage.name, tags, run.mlflow_run_id) as mlflow_run_id,
     ):
         log.info("%s: runs (log: %s)", stage.name, run.work(stage.name) / "log.txt")
         record.mlflow_run_id = mlflow_run_id
+        write_json(run.work(stage.name) / "identity.json", identity)  # `why` reads it where nothing came of the build
         _log_inputs(mlflow_run_id, identity, stage)
         order = JobOrder(
-            stage=stage.name, module=stage.module, seed=stage.seed, config=stage.config, drift=stage.judged_by,
+            stage=stage.name, module=stage.module, seed=stage.seed, config=config, drift=stage.judged_by,
             digests={name: artifact.digest for name, artifact in (stage.inputs | stage.judged_on).items()},
-            identity=identity, fingerprint=key, placement=placement, store_id=run.store.id(), mlflow_run_id=mlflow_run_id,
+            made_of={name: artifact.source for name, artifact in stage.inputs.items()},
+            identity=identity, fingerprint=key, placement=within, store_id=run.store.id(), mlflow_run_id=mlflow_run_id,
             work=run.work(stage.name).relative_to(home()).as_posix(),
         )  # fmt: skip
-        artifact = follow_job(run, order, stage.inputs | stage.judged_on)
+        try:
+            artifact = follow_job(run, order, stage.inputs | stage.judged_on)
+        except Exception as error:
+            record.cause = cause_of(error)
+            if record.cause == TIMEOUT and within != placement:
+                raise BudgetExceeded(f"budget.gpu_hours is used up, and {stage.name} was ended. {error}") from error
+            raise
+        finally:
+            record.cost = spent(run.work(stage.name))
         record.artifact, record.metrics, record.notes = artifact.path, artifact.metrics, notes_of(artifact)
     log.info("%s: done in %.0f s%s", stage.name, record.seconds, headline(stage.name, artifact.metrics))
     return artifact
+
+
+def within_budget(run: PipelineRun, placement: StagePlacement) -> StagePlacement:
+    """Return the placement with the time limit that the budget leaves, where that is the shorter one."""
+    left = seconds_left(run, 0 if uses_cpu(placement) else num_processes(placement))
+    if left is None or left >= placement.timeout_seconds:
+        return placement
+    return placement.model_copy(update={"timeout_seconds": max(1, int(left))})
 
 
 def judge_again(stage: str, hit: Artifact, drift: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ PipelineError            1
 ├── DriftHalted          5    reward, KL or entropy left its corridor
 ├── GateFailed           6    the candidate is not good enough, or not shown to be
 ├── ReleaseFailed        7    the candidate is good, but could not be made the champion, or is not served
+├── BudgetExceeded       8    the run would cost, or has cost, more than its budget
 ├── RunDied              1    a run's process ended without a word; a sweep found it
 └── RunCancelled       130    someone stopped the run
 """
@@ -34,9 +35,16 @@ class ContractBroken(PipelineError):
 
 
 class JobFailed(PipelineError):
-    """A job exited non-zero; the text has the root cause of the first failing rank and the log's path."""
+    """A job exited non-zero; the text has the root cause of the first failing rank and the log's path.
+
+    `cause` is its class (tasks/failures.py), which decides whether the stage is tried again.
+    """
 
     exit_code = 4
+
+    def __init__(self, text: str, cause: str = "bug"):
+        super().__init__(text)
+        self.cause = cause
 
 
 class MachineUnfit(JobFailed):
@@ -73,6 +81,12 @@ class ReleaseFailed(PipelineError):
     """A release could not be made or taken back, or is not what the server serves; the text says what is in force."""
 
     exit_code = 7
+
+
+class BudgetExceeded(PipelineError):
+    """The run would cost, or has cost, more than its budget; what is built is kept."""
+
+    exit_code = 8
 
 
 class RunDied(PipelineError):

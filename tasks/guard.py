@@ -9,7 +9,9 @@ Standard library only: it starts in milliseconds, before anything heavy is impor
 
 import contextlib
 import ctypes
+import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -17,6 +19,8 @@ import threading
 import time
 
 MARKER = "POSTTRAIN_JOB"  # the work folder of the job that a process belongs to
+NUM_GPUS = "POSTTRAIN_NUM_GPUS"  # how many GPUs the job holds
+USAGE = "usage.jsonl"  # in the work folder: a line per job that ran in it
 PR_SET_CHILD_SUBREAPER = 36
 KILL_SECONDS = 20.0
 SETTLE_SECONDS = 2.0  # what a finished command's helpers get to end by themselves
@@ -34,7 +38,7 @@ def main(grace_seconds: float, tell: str, command: list[str]) -> int:
     """Return the command's exit code, as a shell would report it, when no descendant is alive any more."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    stop = threading.Event()
+    start, stop = time.monotonic(), threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda *_: stop.set())
     child = subprocess.Popen(command, stdin=subprocess.DEVNULL)
@@ -47,6 +51,8 @@ def main(grace_seconds: float, tell: str, command: list[str]) -> int:
     _wait(child, grace_seconds if stop.is_set() else SETTLE_SECONDS)
     _kill_descendants()
     code = child.wait()
+    if work := os.environ.get(MARKER):
+        _tell_usage(work, time.monotonic() - start)
     return code if code >= 0 else 128 - code
 
 
@@ -69,20 +75,33 @@ def _kill_descendants() -> None:
         time.sleep(0.05)
 
 
+def _tell_usage(work: str, seconds: float) -> None:
+    """Add what the job cost to the ledger in its work folder, once every descendant is reaped and so counted."""
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    gpus = int(os.environ.get(NUM_GPUS, "0"))
+    line = {"wall_seconds": seconds, "cpu_seconds": used.ru_utime + used.ru_stime, "gpu_seconds": seconds * gpus}
+    with contextlib.suppress(OSError), open(os.path.join(work, USAGE), "a") as file:
+        file.write(json.dumps({name: round(value, 2) for name, value in line.items()}) + "\n")
+
+
 def kill_marked(variable: str, value: str) -> list[int]:
     """Kill every process that has `variable=value`, or a path below that value, in its environment: where no guard is left.
 
     Returns who is still there: a process in a device's or a dead disk's wait cannot be killed.
     """
     end = time.monotonic() + KILL_SECONDS
-    while (marked := _marked(variable, value)) and time.monotonic() < end:
-        for pid in marked:
+    while (alive := marked(variable, value)) and time.monotonic() < end:
+        for pid in alive:
             _signal(pid, signal.SIGKILL)
         time.sleep(0.05)
-    return marked
+    return alive
 
 
-def _marked(variable: str, value: str) -> list[int]:
+def marked(variable: str, value: str) -> list[int]:
+    """Return the living processes that have `variable=value`, or a path below that value, in their environment."""
     entries = (f"{variable}={value}\0".encode(), f"{variable}={value}/".encode())
     found = []
     for name in os.listdir("/proc"):

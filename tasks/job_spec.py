@@ -25,12 +25,17 @@ class JobSpec(BaseModel):
     output: Path
     work: Path
     checkpoints: Path
+    checkpoint_seconds: float = 300
     start_from: Path | None = None
     first_step: int = 0
 
     @property
     def metrics_file(self) -> Path:
         return self.work / "metrics.jsonl"
+
+    @property
+    def heartbeat_file(self) -> Path:
+        return self.work / "heartbeat"
 
     @property
     def result_file(self) -> Path:

@@ -12,6 +12,7 @@ from profiles.schema import StagePlacement
 from tasks.artifacts import Artifact, Store, disk_errors
 from tasks.environment import home
 from tasks.fingerprints import fingerprint
+from tasks.guard import USAGE
 from tasks.job_order import JobOrder
 from tasks.job_spec import JobSpec
 from tasks.local_job import Metrics
@@ -50,15 +51,16 @@ def build_here(
     Raises DriftHalted, JobFailed, MachineUnfit or RunCancelled; nothing of a failed build is left in the store.
     """
     start = time.monotonic()
+    (work_folder(order) / USAGE).unlink(missing_ok=True)
     with store.staging(order.stage, order.fingerprint) as staged, checkpoint_folder(order) as (checkpoints, lock):
         spec = JobSpec(
             stage=order.stage, module=order.module, seed=order.seed, config=order.config, drift=order.drift,
             inputs=inputs, output=staged, work=work_folder(order), checkpoints=checkpoints,
+            checkpoint_seconds=order.placement.checkpoint_seconds,
         )  # fmt: skip
         result = run_governed(spec, order.placement, on_metrics, stop, lock)
-        details = result.details | (
-            {"judged_by": fingerprint(order.drift), "canaries": order.drift["canaries"]["key"]} if order.drift else {}
-        )
+        details = result.details | {"made_of": order.made_of}
+        details |= {"judged_by": fingerprint(order.drift), "canaries": order.drift["canaries"]["key"]} if order.drift else {}
         built = Artifact(
             order.stage, str(staged), order.fingerprint, "", result.metrics, details, order.mlflow_run_id,
             round(time.monotonic() - start, 2),

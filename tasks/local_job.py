@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -21,8 +22,9 @@ from profiles.schema import StagePlacement
 from tasks import devices
 from tasks.artifacts import disk_errors
 from tasks.errors import DriftHalted, JobFailed, MachineUnfit, RunCancelled
+from tasks.failures import HANG, TIMEOUT, diagnose, forget
 from tasks.fingerprints import PROJECT
-from tasks.guard import MARKER, guarded, kill_marked
+from tasks.guard import MARKER, NUM_GPUS, guarded, kill_marked, marked
 from tasks.interrupts import interrupts
 from tasks.job_spec import JobResult, JobSpec
 
@@ -30,6 +32,7 @@ log = logging.getLogger("posttrain.job")
 ALWAYS = {"PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
 ONE_PROCESS = ("prepare", "evaluate", "merge", "export")  # one model, one answer: more ranks would write the same files
 POLL_SECONDS = 0.2
+DUMP_SECONDS = 2.0  # for the stacks to reach the log
 GRACE_SECONDS = 15.0  # Prefect kills a cancelled flow 30 s after asking: everything of ours must have ended by then
 SHIPPED_LINES = 200  # log lines per second that reach Prefect; all of them are in the log file
 Metrics = list[dict[str, Any]]
@@ -75,13 +78,15 @@ def run_job(
     JobFailed (with the root cause of the first failing rank and the log's path), MachineUnfit or RunCancelled.
     """
     with disk_errors(spec.work):
+        forget(spec.work)
         (spec.work / "job.json").write_text(spec.model_dump_json(indent=1))
     log_file = spec.work / "log.txt"
-    command, env = _command(spec, placement), job_environment(placement) | {MARKER: str(spec.work)}
+    command, env = _command(spec, placement), job_environment(placement)
     gpus = [] if uses_cpu(placement) else devices.visible(env)
+    env |= {MARKER: str(spec.work), NUM_GPUS: str(len(gpus))}
     try:
         with devices.held(gpus, str(spec.work), stop) as own, _child(command, env, log_file, [*own, *locks]) as (process, pump):
-            code = _follow(process, pump, spec, placement.timeout_seconds, on_metrics, stop)
+            code = _follow(process, pump, spec, placement, on_metrics, stop)
     except (Stopped, *interrupts()):
         raise RunCancelled(f"{spec.stage} was interrupted, and its job ended. Log: {log_file}") from None
     return _outcome(spec, code, log_file)
@@ -134,14 +139,14 @@ def _follow(
     process: subprocess.Popen,
     pump: "_Pump",
     spec: JobSpec,
-    timeout_seconds: int,
+    placement: StagePlacement,
     on_metrics: Callable[[Metrics], None],
     stop: threading.Event,
 ) -> int:
     """Return the exit code; on the way, hand over metrics as they come and the log at most once a second."""
     start = shipped = time.monotonic()
     told = spec.metrics_file.stat().st_size if spec.metrics_file.is_file() else 0  # by the job that this one restarts
-    reader = MetricsReader(spec.metrics_file, told)
+    reader, life = MetricsReader(spec.metrics_file, told), SignsOfLife(pump, spec.heartbeat_file)
     while process.poll() is None:
         if stop.wait(POLL_SECONDS):
             raise Stopped
@@ -150,10 +155,18 @@ def _follow(
             pump.ship()
             on_metrics(reader.new())
             shipped = now
-        if now - start > timeout_seconds:
+        if now - start > placement.timeout_seconds:
             raise JobFailed(
-                f"{spec.stage} ran longer than placement timeout_seconds {timeout_seconds}; it was ended. "
-                f"Log: {pump.path}. Raise the limit, or look there for what it waited for."
+                f"{spec.stage} ran longer than placement timeout_seconds {placement.timeout_seconds}; it was ended. "
+                f"Log: {pump.path}. Raise the limit, or look there for what it waited for.",
+                TIMEOUT,
+            )
+        if life.silent_seconds() > placement.hang_seconds:
+            dump_stacks(spec.work)
+            raise JobFailed(
+                f"{spec.stage} hangs: no step for placement hang_seconds {placement.hang_seconds}; it was ended. The stack of "
+                f"every rank is at the end of its log: {pump.path}",
+                HANG,
             )
     on_metrics(reader.new())
     return process.returncode
@@ -165,17 +178,37 @@ def _outcome(spec: JobSpec, code: int, log_file: Path) -> JobResult:
         raise DriftHalted(f"{spec.stage} halted: {result.error}\nLog: {log_file}", result.details["last_good"])
     if code == 0 and result is not None and result.status == "done":
         return result
-    raise JobFailed(f"{spec.stage} exited with {code}: {_root_cause(spec.work, log_file)}\nLog: {log_file}")
+    cause, text = diagnose(spec.work, log_file)
+    raise JobFailed(f"{spec.stage} exited with {code}: {text}\nLog: {log_file}", cause)
 
 
-def _root_cause(work: Path, log_file: Path) -> str:
-    """Return the error of the rank that failed first, else the end of the log."""
-    failures = sorted(work.glob("failure.rank*.json"), key=lambda path: path.stat().st_mtime)
-    if failures:
-        failure = JobResult.model_validate_json(failures[0].read_text())
-        return f"rank {failure.rank}: {failure.error}"
-    lines = log_file.read_text(errors="replace").splitlines()
-    return "it left no result; its last lines:\n  " + "\n  ".join(lines[-8:])
+def dump_stacks(work: Path) -> None:
+    """Let every rank of a job write the stacks of its threads to the job's log."""
+    ours = set(marked(MARKER, str(work)))
+    for path in work.glob("rank*.pid"):
+        if (pid := int(path.read_text())) in ours:  # not another process that has its number now
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGUSR1)
+    time.sleep(DUMP_SECONDS)
+
+
+class SignsOfLife:
+    """When a job last showed that it goes on: by a step, or, as long as it has taken none, by a line in its log."""
+
+    def __init__(self, pump: "_Pump", heartbeat: Path):
+        self.pump, self.heartbeat = pump, heartbeat
+        self.last, self.seen = time.monotonic(), self._sign()
+
+    def silent_seconds(self) -> float:
+        if (sign := self._sign()) != self.seen:
+            self.last, self.seen = time.monotonic(), sign
+        return time.monotonic() - self.last
+
+    def _sign(self) -> int:
+        try:
+            return self.heartbeat.stat().st_mtime_ns
+        except FileNotFoundError:
+            return self.pump.seen
 
 
 class Stopped(Exception):

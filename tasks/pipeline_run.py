@@ -35,6 +35,8 @@ class StageRecord:
     mlflow_run_id: str | None = None
     metrics: dict[str, float] = field(default_factory=dict)
     reason: str | None = None
+    cause: str | None = None
+    cost: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
 

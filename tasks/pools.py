@@ -24,6 +24,8 @@ from prefect.states import Cancelled, Cancelling, State
 from tasks import errors
 from tasks.artifacts import Artifact, Store
 from tasks.environment import home
+from tasks.failures import DIED
+from tasks.guard import USAGE
 from tasks.job_order import JobOrder
 from tasks.local_job import Metrics, MetricsReader
 
@@ -151,12 +153,14 @@ def bring_work(order: JobOrder, store: Store, *names: str) -> None:
 
 def _raise_outcome(order: JobOrder, store: Store, pool: Pool, state: State | None) -> None:
     """Raise what stopped the job over there; a job whose process died too hard to say so is told from Prefect's state."""
-    bring_work(order, store, "log.txt")
+    bring_work(order, store, "log.txt", USAGE)
     outcome = home() / order.work / OUTCOME
     if outcome.is_file():
         content = json.loads(outcome.read_text())
         if content["error"] is not None:
-            raise getattr(errors, content["error"], errors.JobFailed)(f"on pool {pool.name}: {content['message']}")
+            error = getattr(errors, content["error"], errors.JobFailed)
+            told = f"on pool {pool.name}: {content['message']}"
+            raise error(told, content["cause"]) if issubclass(error, errors.JobFailed) else error(told)
         return
     if state.is_completed():  # its artifact tells, even where its outcome could not be copied
         return
@@ -164,7 +168,8 @@ def _raise_outcome(order: JobOrder, store: Store, pool: Pool, state: State | Non
         raise errors.RunCancelled(f"{order.stage} was cancelled on pool {pool.name}: {state.message}")
     raise errors.JobFailed(
         f"{order.stage} on pool {pool.name} ended as {state.name} without a word of its own: {state.message}. "
-        f"Its log, if any: {home() / order.work / 'log.txt'}"
+        f"Its log, if any: {home() / order.work / 'log.txt'}",
+        DIED,
     )
 
 

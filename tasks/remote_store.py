@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks.errors import MachineUnfit
+from tasks.failures import BUG, HICCUP
 
 log = logging.getLogger("posttrain")
 MANIFEST = "manifest.json"
@@ -172,7 +173,8 @@ class RemoteStore:
         except Exception as error:  # botocore's and aiohttp's errors share no other class with OSError
             if isinstance(error, OSError) and error.errno in let_pass:
                 raise
-            raise MachineUnfit(_unusable(self.url, f"{type(error).__name__}: {error}")) from error
+            cause = BUG if isinstance(error, PermissionError | FileNotFoundError) else HICCUP
+            raise MachineUnfit(_unusable(self.url, f"{type(error).__name__}: {error}"), cause) from error
 
 
 def _judge(content: bytes, sizes: dict[str, int]) -> tuple[dict[str, Any], str | None]:

@@ -1,6 +1,7 @@
 """Asks the job environment, which has the tokenizer and TRL, how each trainer of a recipe will read a dataset's rows."""
 
 import json
+import os
 import subprocess
 import tempfile
 import threading
@@ -125,6 +126,7 @@ class Tokens:
     def _kept(self, key: str, use: Use, rows: Path) -> Path:
         kept = home() / ".token_facts" / f"{key}.parquet"
         if kept.is_file():
+            os.utime(kept)  # `posttrain gc` keeps what recent runs read
             return kept
         kept.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory() as folder, disk_errors(Path(folder)):

@@ -1,5 +1,6 @@
 """What every job does around its work: reads job.json, leaves result.json, and says on which rank it died of what."""
 
+import faulthandler
 import json
 import os
 import signal
@@ -27,12 +28,17 @@ class Halted(Exception):
 class Interrupted(Exception):
     """The job was told to end, and saved what it had at a step's end."""
 
+    def __init__(self):
+        super().__init__("told to end by SIGTERM; it saved a checkpoint")
+
 
 def run(main: Callable[[JobSpec], JobResult]) -> None:
     """Run `main` on the spec that the command line names, and exit as the pipeline expects."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED_EXIT_CODE))  # so that servers the job started are ended
     spec = JobSpec.model_validate_json(Path(sys.argv[1]).read_text())
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    faulthandler.register(signal.SIGUSR1, all_threads=True)  # who sees that the job hangs asks every rank for its stack
+    (spec.work / f"rank{rank}.pid").write_text(str(os.getpid()))
     print(f"{spec.stage}: rank {rank}, world size {world_size}", flush=True)
     try:
         result = main(spec)
@@ -41,11 +47,11 @@ def run(main: Callable[[JobSpec], JobResult]) -> None:
         if rank == 0:
             _leave(spec.result_file, JobResult(status="halted", error=str(halt), details=halt.details))
         sys.exit(HALT_EXIT_CODE)
-    except Interrupted:
-        sys.exit(TERMINATED_EXIT_CODE)
     except BaseException as error:
         failure = JobResult(status="failed", error=_cause(error), rank=rank)
         _leave(spec.work / f"failure.rank{rank}.json", failure)
+        if isinstance(error, Interrupted):
+            sys.exit(TERMINATED_EXIT_CODE)
         raise
     if rank == 0:
         _leave(spec.result_file, result)

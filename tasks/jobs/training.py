@@ -12,8 +12,9 @@ from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from tasks.job_spec import JobResult, JobSpec
-from tasks.jobs.callbacks import MetricsFile, StopOnTerm, last_saved
+from tasks.jobs.callbacks import MetricsFile
 from tasks.jobs.canaries import add_canaries
+from tasks.jobs.checkpoints import Checkpoints, ResumeProof, last_saved
 from tasks.jobs.conversations import with_tool_calls
 from tasks.jobs.governor import Governor, load_weights, settle
 from tasks.jobs.job import Interrupted, done
@@ -68,8 +69,8 @@ def train(trainer: Trainer, spec: JobSpec, num_rows: int | None = None) -> JobRe
     `num_rows` is how many went in. TRL leaves out rows of which truncation leaves nothing to train on, and says so in the
     title of a progress bar: `data/dropped_rows` counts them (packing joins rows, so there it cannot be told).
     Told to end by SIGTERM it saves a checkpoint and raises Interrupted; the next job with the same `checkpoints` goes on there.
-    Raises Halted on drift, and RuntimeError if a trainable tensor did not change or a frozen one did, or if the adapter could
-    not be merged.
+    Raises Halted on drift, and RuntimeError if a trainable tensor did not change or a frozen one did, if the adapter could not
+    be merged, or if a resumed run is not where its checkpoint was.
     """
     refuse_unmergeable(trainer.model, spec)
     governor = listened(trainer, spec)
@@ -81,10 +82,11 @@ def train(trainer: Trainer, spec: JobSpec, num_rows: int | None = None) -> JobRe
     resumed = last_saved(spec.checkpoints)
     if resumed:
         logging.getLogger(__name__).warning("goes on from %s, which an interrupted run left", resumed)
-    stop = StopOnTerm(trainer)
-    trainer.add_callback(stop)
-    trainer.train(resume_from_checkpoint=resumed)
-    if stop.stopped:
+        trainer.add_callback(ResumeProof(trainer, resumed))
+    checkpoints = Checkpoints(trainer, spec)
+    trainer.add_callback(checkpoints)
+    trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
+    if checkpoints.stopped:
         raise Interrupted
     details = settle(governor, trainer, spec)
     _assert_moved(trainer.model, before)
