@@ -79,7 +79,7 @@ def numbers(spec: JobSpec) -> dict[int, dict[str, float]]:
 
 
 def weights(spec: JobSpec) -> dict[str, torch.Tensor]:
-    [file] = [path for path in spec.output.glob("*.safetensors")]
+    [file] = spec.output.glob("*.safetensors")
     return load_file(file)
 
 
