@@ -18,7 +18,7 @@ from trl import RewardConfig, RewardTrainer  # isort: skip
 
 def main(spec: JobSpec) -> JobResult:
     """Leave a stand-alone classification checkpoint (one logit); on held-out pairs eval_accuracy, eval_ece and eval_brier."""
-    tokenizer = load_tokenizer(spec)
+    tokenizer, args = load_tokenizer(spec), trl_args(RewardConfig, spec)  # it sets the seed that the head is drawn by
     model = AutoModelForSequenceClassification.from_pretrained(
         spec.inputs["base_model"], num_labels=1, dtype=getattr(torch, spec.config["dtype"]),
     )  # fmt: skip
@@ -26,7 +26,7 @@ def main(spec: JobSpec) -> JobResult:
     training, held_out = split_by_prompt(rows(spec, "rows"), spec.config["eval_ratio"], spec.seed)
     trainer = RewardTrainer(
         model=model,
-        args=trl_args(RewardConfig, spec),
+        args=args,
         train_dataset=training,
         eval_dataset=held_out,
         processing_class=tokenizer,

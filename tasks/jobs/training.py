@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import Trainer
+from transformers import Trainer, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from tasks.job_spec import JobResult, JobSpec
@@ -31,6 +31,7 @@ def trl_args(config_class: type, spec: JobSpec, **ours: Any) -> Any:
     defaults |= {"logging_nan_inf_filter": False}  # transformers would log a finite loss where there is none
     if on_cpu():
         defaults |= {"dataloader_pin_memory": False}
+    set_seed(spec.seed)  # a fresh adapter's first values are drawn before the trainer sets the seed
     return config_class(
         **defaults | spec.config["args"] | ours,
         output_dir=str(spec.checkpoints), report_to="none", seed=spec.seed, use_cpu=on_cpu(), disable_tqdm=True,
