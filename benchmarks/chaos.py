@@ -25,7 +25,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parents[1]
-BIN = Path(sys.executable).parent
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 # small stages, a checkpoint every few seconds, and short waits: what is tested is the dying
 SETTINGS = [
@@ -34,7 +33,8 @@ SETTINGS = [
     "recipe.policy.rollouts=transformers",
     "placement.default.checkpoint_seconds=2",
     "placement.default.retry_delay_seconds=1",
-    "gates={}",
+    "gates.better_than=[]",
+    "gates.not_worse={accuracy: null}",
     "release.promote=false",
 ]
 GONE_SECONDS = 60
@@ -82,7 +82,8 @@ def kind_of(text: str) -> str:
 
 
 def start(profile: str, home: Path, log: Path) -> subprocess.Popen:
-    command = [BIN / "posttrain", "run", profile, *(part for setting in SETTINGS for part in ("--set", setting))]
+    command = [sys.executable, "-P", "-m", "flows.cli", "run", profile]
+    command += [part for setting in SETTINGS for part in ("--set", setting)]
     with log.open("ab") as file:
         return subprocess.Popen(command, cwd=PROJECT, env=environment(home), stdout=file, stderr=file, start_new_session=True)
 

@@ -5,10 +5,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from tasks.environment import home
 from tasks.ledger import UNITS
 from tasks.monitoring import curves, mlflow_runs
 from tasks.monitoring.metrics import CURVES, MEANING, key_metric
-from tasks.pipeline_run import PipelineRun
+from tasks.pipeline_run import PipelineRun, write_json
 from tasks.retrains import SIGNALS
 
 STYLE = """
@@ -124,10 +125,20 @@ def plots_of(stages: list[dict[str, Any]]) -> Plots:
 
 
 def plot(record: dict[str, Any]) -> dict[str, str]:
-    """Return a stage's curves, each with the corridor that judged it, as base64 PNG by metric."""
+    """Return a stage's curves, each with the corridor that judged it, as base64 PNG by metric; those of a build are drawn once."""
     keys, run_id = CURVES.get(record["stage"], ()), record["mlflow_run_id"]
     if not keys or not run_id:
         return {}
+    kept = home() / ".charts" / f"{run_id}.json"
+    if record["status"] == "cached" and kept.is_file():
+        return json.loads(kept.read_text())
+    charts = draw_curves(keys, run_id)
+    kept.parent.mkdir(exist_ok=True)
+    write_json(kept, charts)
+    return charts
+
+
+def draw_curves(keys: tuple[str, ...], run_id: str) -> dict[str, str]:
     limits = ("", "_warn_min", "_warn_max", "_halt_min", "_halt_max")
     series = mlflow_runs.histories(run_id, [*keys, *(f"drift/{key}{limit}" for key in keys for limit in limits)])
     return {key: curves.as_text(curves.draw(series, [key])) for key in keys if key in series}

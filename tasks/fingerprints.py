@@ -61,10 +61,12 @@ def code_digest(module: str) -> str:
     return hashlib.sha256(canonical(trees).encode()).hexdigest()
 
 
+@cache
 def library_versions(python: Path) -> dict[str, str]:
     """Return the versions of the result-changing libraries in the environment of the interpreter `python`.
 
-    The CPU and the GPU build of a library count as the same version: where a recipe runs is not what it is.
+    The CPU and the GPU build of a library count as the same version: where a recipe runs is not what it is. Read once in a
+    process: a run is one set of versions.
     """
     folders = [str(p) for p in (python.parent.parent / "lib").glob("python3*/*-packages")]
     found = {d.name.lower().replace("_", "-"): d.version for d in importlib.metadata.distributions(path=folders) if d.name}
