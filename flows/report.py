@@ -125,7 +125,7 @@ def plots_of(stages: list[dict[str, Any]]) -> Plots:
 
 
 def plot(record: dict[str, Any]) -> dict[str, str]:
-    """Return a stage's curves, each with the corridor that judged it, as base64 PNG by metric; those of a build are drawn once."""
+    """Return a stage's curves with the corridors that judged them, as base64 PNG by metric; those of a build are drawn once."""
     keys, run_id = CURVES.get(record["stage"], ()), record["mlflow_run_id"]
     if not keys or not run_id:
         return {}

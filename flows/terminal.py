@@ -83,8 +83,8 @@ def show_summary(summary: dict[str, Any]) -> None:
     if summary["approval"]:
         console.print(f"release {escape(approval_text(summary['approval']))}", highlight=False, soft_wrap=True)
     if any(summary["cost"]["total"].values()):
-        wasted = "".join(f", {cost_text(cost)} for nothing ({cause})" for cause, cost in summary["cost"]["waste"].items())
-        console.print(f"\ncost {cost_text(summary['cost']['total'])}{wasted}", highlight=False)
+        wasted = "".join(f"; for nothing, {cause}: {cost_text(cost)}" for cause, cost in summary["cost"]["waste"].items())
+        console.print(f"\ncost of the jobs: {cost_text(summary['cost']['total'])}{wasted}", highlight=False)
     console.print()
     if summary["serve"] and summary["exit_code"] == 0:
         _place("serve", f"posttrain serve {summary['run_id']}")
@@ -149,9 +149,9 @@ def show_lineage(node: Any) -> None:
         if again:
             return
         told.add(node.what)
-        for name, value in node.facts.items():
-            if name != "libraries":
-                head.add(f"[dim]{name}[/] {escape(str(value))}", highlight=False)
+        facts = {name: str(value)[:40] for name, value in node.facts.items() if name not in ("libraries", "path")}
+        if facts:
+            head.add("  ".join(f"[dim]{name}[/] {escape(value)}" for name, value in facts.items()), highlight=False)
         for child in node.made_of:
             branch(head, child)
 
@@ -177,14 +177,22 @@ def show_freed(found: list[Any], is_done: bool) -> None:
 
 
 def cost_text(cost: dict[str, float] | None, short: bool = False) -> str:
-    """Return a cost as a person reads it: wall time, and the hours of CPU and GPU."""
+    """Return a cost as a person reads it: wall time, and that of CPU and GPU."""
     if not cost:
         return ""
-    wall = f"{cost['wall_seconds']:.0f} s"
+    wall = duration(cost["wall_seconds"])
     if short:
         return wall
-    gpu = f", {cost['gpu_seconds'] / 3600:.3g} GPU-hours" if cost["gpu_seconds"] else ""
-    return f"{wall}, {cost['cpu_seconds'] / 3600:.3g} CPU-hours{gpu}"
+    gpu = f", {duration(cost['gpu_seconds'])} of GPU" if cost["gpu_seconds"] else ""
+    return f"{wall} ({duration(cost['cpu_seconds'])} of CPU{gpu})"
+
+
+def duration(seconds: float) -> str:
+    """Return seconds below two minutes, minutes below two hours, else hours."""
+    for unit, size in (("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s"
 
 
 def show_history(profile: str, rows: list[dict[str, Any]]) -> None:

@@ -67,6 +67,7 @@ def validate_data(
             "tokens": tokens.totals(judged.facts),
             "snapshot": taken(judged),
             "origin": origin_of(dataset),
+            "made_of": {"source": source_name(dataset, source)} | ({"held_out": held_out.source} if held_out else {}),
         }
         mlflow_runs.log_dict(mlflow_run_id, details["snapshot"], "snapshot.json")
         artifact = Artifact("dataset", str(staged), key, "", counts, details, mlflow_run_id)
@@ -174,6 +175,11 @@ def last_snapshot(profile: str, stage: str, dataset: Dataset) -> dict[str, Any] 
 def origin_of(dataset: Dataset) -> dict[str, Any]:
     """Return where rows come from and how they are read: another place or slice is a person's choice, and no drift."""
     return dataset.model_dump(exclude={"contract", "revision", "engine"})
+
+
+def source_name(dataset: Dataset, source: Path) -> str:
+    """Return what a person finds the rows by."""
+    return f"hub:{dataset.hub}@{dataset.revision}" if dataset.hub else str(source.resolve())
 
 
 def locate_dataset(setting: str, dataset: Dataset, made: Artifact | None) -> Path:

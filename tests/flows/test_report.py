@@ -81,7 +81,10 @@ def summary() -> dict[str, Any]:
         "metrics": {"accuracy": {"base": asdict(estimate([0, 0, 0, 1])), "policy": asdict(estimate([1, 1, 1, 0]))}},
         "gate": gate("INCONCLUSIVE", claim("INCONCLUSIVE", f"accuracy {EVIL}"), claim("PASS", "p=0.4", asked="floor")),
         "retrain": None,
-        "cost": {"total": {"wall_seconds": 100.0, "cpu_seconds": 7200.0, "gpu_seconds": 0.0}, "waste": {"died": {"wall_seconds": 5.0, "cpu_seconds": 9.0, "gpu_seconds": 0.0}}},
+        "cost": {
+            "total": {"wall_seconds": 100.0, "cpu_seconds": 7200.0, "gpu_seconds": 0.0},
+            "waste": {"died": {"wall_seconds": 5.0, "cpu_seconds": 9.0, "gpu_seconds": 0.0}},
+        },
         "approval": {"decision": "refuse", "reviewer": EVIL, "reason": "no", "at": "2026-11-22 18:00 UTC", "run_id": "r"},
         "export": None,
         "serve": None,

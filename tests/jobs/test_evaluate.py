@@ -269,9 +269,7 @@ def test_lm_eval_decodes_greedily_whatever_the_bases_generation_config_says(scho
     assert "copy_median/exact_match/base" in result.metrics and scores(spec, "copy_median/exact_match") == {}
 
 
-def test_vllm_answers_the_tasks_as_transformers_does_and_leaves_no_process(
-    schooled, digits, whole, tmp_path
-):
+def test_vllm_answers_the_tasks_as_transformers_does_and_leaves_no_process(schooled, digits, whole, tmp_path):
     """The launcher's ranks are not vLLM's."""
     from tasks.jobs import evaluate
 

@@ -16,6 +16,8 @@ from real_server import BIN, PROJECT, Server, children, job_processes, wait_unti
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(600)]
 ENDLESS = ["recipe.sft.args.max_steps=50000", "recipe.policy.args.max_steps=2", "placement.sft.timeout_seconds=3600"]
+ENDLESS += ["placement.default.retries=0"]  # a death is the end of its run; what comes after it has tests of its own
+AGAIN = ["placement.default.retries=1", "placement.default.retry_delay_seconds=0", "placement.default.checkpoint_seconds=1"]
 GONE_SECONDS = 45
 ZOMBIE_SECONDS = 270  # five heartbeats of 30 s, and what the server takes to see it
 
@@ -27,9 +29,9 @@ def pool(server: Server) -> Server:
 
 
 class Run:
-    """A pipeline run that is in the middle of its SFT."""
+    """A pipeline run that is in the middle of its SFT, or, if it does not train, has just begun."""
 
-    def __init__(self, server: Server, *arguments: str):
+    def __init__(self, server: Server, *arguments: str, trains: bool = True):
         self.server = server
         known = set((server.home / "quickstart").glob("*"))
         command = [BIN / "posttrain", "run", "quickstart", *arguments]
@@ -38,7 +40,8 @@ class Run:
             command, cwd=PROJECT, env=server.env, stdout=self.output, stderr=self.output, start_new_session=True
         )
         self.folder = wait_until(lambda: self._folder(known), 120, self.said)
-        wait_until(lambda: self.num_steps() >= 5, 120, self.said)
+        if trains:
+            wait_until(lambda: self.num_steps() >= 5, 120, self.said)
 
     def _folder(self, known: set[Path]) -> Path | None:
         assert self.process.poll() is None, self.said()
@@ -86,8 +89,8 @@ class Run:
         return self.server.flow_run(process["flow_run_id"])["state_name"], status, stages - {"FINISHED"}
 
 
-def here(server: Server, *overrides: str) -> Run:
-    return Run(server, *(part for override in [*ENDLESS, *overrides] for part in ("--set", override)))
+def here(server: Server, *overrides: str, trains: bool = True) -> Run:
+    return Run(server, *(part for override in [*ENDLESS, *overrides] for part in ("--set", override)), trains=trains)
 
 
 def there(server: Server, *overrides: str) -> Run:
@@ -133,6 +136,44 @@ def test_rank_that_hangs_is_ended_by_the_stage_timeout_which_is_named(server):
     os.kill(run.pid("rank"), signal.SIGSTOP)
     assert (run.died(after=40), *run.truth()) == FAILED
     assert "timeout_seconds 40" in run.said()
+
+
+def test_rank_killed_is_tried_again_and_goes_on_from_its_checkpoint(server):
+    run = here(server, *AGAIN)
+    saved = run.server.home / ".checkpoints" / "sft"
+    wait_until(lambda: list(saved.glob("*/checkpoint-*/saved")), 60, run.said)
+    os.kill(run.pid("rank"), signal.SIGKILL)
+    log = run.folder / "sft" / "log.txt"
+    wait_until(lambda: "resume proven" in log.read_text(), 120, run.said)
+    last = run.steps()[-1]
+    wait_until(lambda: run.steps()[-1] > last + 8, 60, run.said)
+    assert "attempt 2 of 2" in run.said() and "died" in run.said()
+    os.killpg(run.process.pid, signal.SIGINT)
+    assert (run.died(), *run.truth()) == (130, "Cancelled", "KILLED", {"FAILED", "KILLED"})
+    [sft] = [record for record in json.loads((run.folder / "summary.json").read_text())["stages"] if record["stage"] == "sft"]
+    assert "an attempt failed (died): JobFailed: sft exited with" in sft["notes"][0]
+    waste = json.loads((run.folder / "summary.json").read_text())["cost"]["waste"]
+    assert waste["died"]["wall_seconds"] > 0 and waste["died"]["cpu_seconds"] > 0
+
+
+def test_rank_that_takes_no_step_hangs_and_is_ended(server):
+    run = here(server, "placement.sft.hang_seconds=15")
+    os.kill(run.pid("rank"), signal.SIGSTOP)
+    assert (run.died(after=15), *run.truth()) == FAILED
+    assert "hang_seconds 15" in run.said()
+
+
+def test_two_runs_share_one_build_and_the_second_goes_on_where_the_first_was_stopped(server):
+    first = here(server)
+    second = here(server, trains=False)
+    wait_until(lambda: f"waits for run {first.folder.name}" in second.said(), 120, second.said)
+    assert second.num_steps() == 0
+    os.killpg(first.process.pid, signal.SIGINT)
+    assert first.died() == 130
+    wait_until(lambda: second.num_steps() >= 5, 120, second.said)
+    assert "resume proven" in (second.folder / "sft" / "log.txt").read_text()
+    os.killpg(second.process.pid, signal.SIGINT)
+    assert second.died() == 130
 
 
 def test_ctrl_c_once_saves_a_checkpoint_and_the_next_run_goes_on_from_it(server):

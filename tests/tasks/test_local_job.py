@@ -108,6 +108,48 @@ def test_job_in_a_folder_with_a_tasks_of_its_own_imports_ours(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+def test_job_that_takes_no_step_for_too_long_leaves_every_ranks_stack_in_its_log(run, spec):
+    body = """
+import faulthandler, signal
+faulthandler.register(signal.SIGUSR1, all_threads=True)
+(work / "rank0.pid").write_text(str(os.getpid()))
+(work / "heartbeat").touch()
+def waits_for_a_lock_that_nobody_frees():
+    time.sleep(60)
+print("the log alone is no step", flush=True)
+waits_for_a_lock_that_nobody_frees()
+"""
+    start = time.monotonic()
+    with pytest.raises(JobFailed, match="hang_seconds 2") as failed:
+        run(body, hang_seconds=2, timeout_seconds=50)
+    assert failed.value.cause == "hang" and time.monotonic() - start < 30
+    assert "waits_for_a_lock_that_nobody_frees" in log_of(spec)
+
+
+def test_job_that_still_loads_shows_by_its_log_that_it_lives(run, spec):
+    body = """
+for _ in range(5):
+    print("reading shard", flush=True)
+    time.sleep(0.8)
+leave("result.json", status="done")
+"""
+    result, _ = run(body, hang_seconds=2)
+    assert result.status == "done"
+
+
+def test_job_counts_what_it_costs_with_all_its_descendants(run, spec):
+    body = """
+burn = "import time\\nend = time.process_time() + 0.6\\nwhile time.process_time() < end: pass"
+subprocess.run([sys.executable, "-S", "-c", burn])
+subprocess.Popen([sys.executable, "-S", "-c", burn], start_new_session=True)
+time.sleep(1.2)
+leave("result.json", status="done")
+"""
+    run(body)
+    [line] = [json.loads(line) for line in (spec.work / "usage.jsonl").read_text().splitlines()]
+    assert line["cpu_seconds"] > 1.1 and line["wall_seconds"] > 1.1 and line["gpu_seconds"] == 0
+
+
 def test_job_that_fails_names_the_error_of_the_rank_that_failed_first(run, spec):
     """The other ranks die of the first one's death; accelerate itself ends with 1 whatever they did."""
     body = """
