@@ -47,15 +47,15 @@ def of_training(logs: dict[str, Any] | None) -> bool:
 
 
 class FrozenWeights(TrainerCallback):
-    """Puts a half-precision base back to its exact weights after each step that synced the policy to vLLM.
+    """Puts the base back to its exact weights after each step that synced the policy to vLLM.
 
-    TRL merges the adapter into the base for the sync and takes it out again; in bfloat16 each time leaves a rounding error, and
-    the errors of hundreds of steps add up. float32 loses nothing that matters, and pays nothing here.
+    TRL merges the adapter into the base for the sync and takes it out again, and each time leaves a rounding error. In bfloat16
+    the errors of hundreds of steps add up; in float32 they are a reason why a resumed run, whose base is read anew, would not
+    be the undisturbed one to the last digit.
     """
 
     def __init__(self, model: torch.nn.Module):
-        half = (torch.bfloat16, torch.float16)
-        frozen = (p for p in model.parameters() if not p.requires_grad and p.dtype in half)
+        frozen = (parameter for parameter in model.parameters() if not parameter.requires_grad)
         self.kept = [(parameter, parameter.detach().cpu().clone()) for parameter in frozen]
 
     def on_step_end(self, args, state, control, **kwargs):

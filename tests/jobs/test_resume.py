@@ -2,7 +2,11 @@
 
 import json
 import math
+import os
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +20,7 @@ from tasks.jobs import without_vllm  # noqa: F401  (before any trainer is import
 from tasks.jobs.checkpoints import SAVED, drop_older, is_boundary, last_saved
 
 pytestmark = pytest.mark.job
+PROJECT = Path(__file__).resolve().parents[2]
 CLOCK = ("step_time", "runtime", "per_second")  # what a run measures of its own pace
 SINCE_THE_RESUME = ("num_tokens", "train_loss")  # TRL counts and transformers averages anew (docs/resume.md)
 COMMON = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2, "max_steps": 12, "gradient_checkpointing": False}
@@ -112,6 +117,34 @@ def test_run_that_died_and_is_gone_on_with_is_the_undisturbed_run(method, step, 
     assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in theirs)
 
 
+def process(spec: JobSpec) -> subprocess.Popen:
+    """Start a job as the launcher does, in a process that can really be killed."""
+    (spec.work / "job.json").write_text(spec.model_dump_json())
+    env = os.environ | {"PYTHONPATH": str(PROJECT), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    log = (spec.work / "log.txt").open("a")
+    return subprocess.Popen([sys.executable, "-P", "-m", spec.module, spec.work / "job.json"], env=env, stdout=log, stderr=log)
+
+
+def test_grpo_with_vllm_killed_by_the_kernel_is_the_undisturbed_run_when_gone_on_with(spec, sft_adapter):
+    config = METHODS["grpo"][1] | {"rollouts": "vllm"}
+    undisturbed = spec("undisturbed", "prompts", {"sft": sft_adapter}, **config)
+    undisturbed = undisturbed.model_copy(update={"stage": "grpo", "module": "tasks.jobs.grpo"})
+    assert process(undisturbed).wait(240) == 0, (undisturbed.work / "log.txt").read_text()[-2000:]
+    killed = spec("killed", "prompts", {"sft": sft_adapter}, **config)
+    killed = killed.model_copy(update={"stage": "grpo", "module": "tasks.jobs.grpo", "checkpoint_seconds": 0})
+    first, end = process(killed), time.monotonic() + 240
+    while not last_saved(killed.checkpoints):
+        assert first.poll() is None and time.monotonic() < end
+        time.sleep(0.02)
+    first.kill()
+    first.wait()
+    assert process(killed).wait(240) == 0, (killed.work / "log.txt").read_text()[-2000:]
+    assert "resume proven" in (killed.work / "log.txt").read_text()
+    assert numbers(killed) == numbers(undisturbed)
+    mine, theirs = weights(killed), weights(undisturbed)
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+
+
 def test_checkpoint_by_the_clock_waits_for_a_log_step_and_for_grpos_buffer_to_be_empty():
     from transformers import TrainingArguments
 
@@ -186,8 +219,6 @@ def test_larger_accumulation_with_a_smaller_batch_goes_on_from_the_same_place(sp
 
 
 def test_sigterm_saves_the_step_it_comes_in_and_stops(spec, monkeypatch):
-    import os
-
     from tasks.jobs import training
     from tasks.jobs.job import Interrupted
 
@@ -205,6 +236,15 @@ def test_sigterm_saves_the_step_it_comes_in_and_stops(spec, monkeypatch):
         run(told)
     assert last_saved(told.checkpoints).name == "checkpoint-3"
     assert signal.getsignal(signal.SIGTERM) == before
+    monkeypatch.setattr(training, "listened", listened)
+    undisturbed = job(spec, "undisturbed", "sft", "")
+    for spec_of in (told, undisturbed):
+        run(spec_of)
+    mine, theirs = weights(told), weights(undisturbed)
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+    # the line in which it was stopped averages only what came after: TRL's running sums are not in a checkpoint
+    different = {step for step, logged in numbers(undisturbed).items() if numbers(told)[step] != logged}
+    assert different <= {4}
 
 
 def test_last_good_checkpoint_is_kept_however_old(tmp_path: Path):
