@@ -4,6 +4,9 @@ Prefect signals only processes that a worker started, and never when the worker 
 """
 
 import contextvars
+import logging
+import os
+import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,11 +16,16 @@ import httpx
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import StateType
 from prefect.exceptions import ObjectNotFound
+from prefect.settings import PREFECT_API_URL
 from rich.console import Console
 
 POLL_SECONDS = 5.0
+REFUSALS = 3  # in a row, before a server is taken for dead
 CANCELLED = (StateType.CANCELLING, StateType.CANCELLED)
 DEAD = (StateType.CRASHED, StateType.FAILED)
+
+
+log = logging.getLogger("posttrain")
 
 
 def go_on_unread(console: Console) -> None:
@@ -63,7 +71,28 @@ def _state(flow_run_id: str) -> StateType | None:
 
 
 def _watch(own: str, parent: str | None, stop: threading.Event, done: threading.Event) -> None:
+    refused = 0
     while not done.wait(POLL_SECONDS):
         if called_off(own, parent):
             stop.set()
             return
+        refused = refused + 1 if embedded_server_is_gone() else 0
+        if refused == REFUSALS:
+            # nothing of this run can be said to Prefect any more, and every call to it would be tried for minutes: the process
+            # ends as if it were killed itself, its jobs save their checkpoints, and the command that started it sweeps it
+            log.error("Prefect's embedded server died: the run ends here, and the next one goes on from the store")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def embedded_server_is_gone() -> bool:
+    """Tell whether the server that runs inside this run refuses connections: nobody starts it again, unlike one elsewhere."""
+    if PREFECT_API_URL.value():
+        return False
+    try:
+        with get_client(sync_client=True) as client:
+            client.hello()
+    except httpx.ConnectError:
+        return True
+    except (httpx.HTTPError, OSError):
+        pass
+    return False
