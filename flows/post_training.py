@@ -18,7 +18,7 @@ from tasks.artifacts import Artifact
 from tasks.attempts import retried
 from tasks.check_profile import check_profile, load_profile
 from tasks.errors import RunCancelled
-from tasks.evaluate_policy import evaluate_policy
+from tasks.evaluate_policy import evaluate_policy, refuse_tools
 from tasks.export_vllm import export_vllm
 from tasks.interrupts import interrupts, suspension
 from tasks.ledger import refuse_before
@@ -101,6 +101,7 @@ def run_stages(run: PipelineRun) -> None:
         made = run.store.fetch(done(run, launched("prepare", prepare_data, run, sampled)))
     base = find_base_model(run.profile, made)
     held_out = run.store.fetch(done(run, start(validate_data, run, "eval", made, base, None)))
+    refuse_tools(held_out)
     validations = {name: start(validate_data, run, name, made, base, held_out) for name in wanted_datasets(recipe)}
     data = all_done(run, validations)
 

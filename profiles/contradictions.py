@@ -4,16 +4,25 @@ import difflib
 from collections.abc import Iterator
 
 from profiles.drift import LOGGED, SIGNALS, Corridor
-from profiles.schema import Dataset, Dpo, Evaluate, Gates, Grpo, Profile, Recipe
+from profiles.schema import Dataset, Dpo, Evaluate, Gates, Generation, Grpo, Profile, Recipe
 
 SFT_KINDS = ("prompt_completion", "language_modeling")
 MODELS = ("base", "sft", "champion")
+SHARES = ("f1", "em", "quasi_exact_match", "prefix_exact_match")  # of lm-eval's tasks, beside acc…, exact_match… and pass@…
 
 
 def contradictions(profile: Profile) -> list[str]:
     """Return one sentence per contradiction: the settings, their values, what follows and the way out."""
     recipe = profile.recipe
-    found = [*_adapters(recipe), *_rewards(recipe), *_rows(recipe), *_prepared(recipe), *_drift(profile)]
+    found = [
+        *_adapters(recipe),
+        *_rewards(recipe),
+        *_rendering(recipe),
+        *_lengths(recipe),
+        *_rows(recipe),
+        *_prepared(recipe),
+        *_drift(profile),
+    ]
     return [*found, *_gates(profile), *_release(profile)]
 
 
@@ -61,6 +70,11 @@ def _rewards(recipe: Recipe) -> Iterator[str]:
             "recipe.evaluate.win_rate is true but recipe.reward_model is absent: nobody judges the answers. "
             "Add recipe.reward_model, or set win_rate to false."
         )
+    if recipe.evaluate.scorer == "reward_model":
+        yield (
+            "recipe.evaluate.scorer is 'reward_model', which is no function: its judgement is a win rate. Set "
+            "recipe.evaluate.win_rate: true, and a reward function as scorer."
+        )
     if recipe.reward_model is not None and not used and not recipe.evaluate.win_rate:
         yield (
             f"recipe.reward_model is trained but recipe.policy.method {policy.method!r} does not read it: the stage "
@@ -92,6 +106,35 @@ def _rows(recipe: Recipe) -> Iterator[str]:
         yield from _fits("prompts", data.prompts, ("prompt_only",), "recipe.policy.method 'grpo'")
     wanted = "preference" if recipe.evaluate.metric == "preference_accuracy" else "eval"
     yield from _fits("eval", data.eval, (wanted,), f"recipe.evaluate.metric {recipe.evaluate.metric!r}")
+
+
+def _rendering(recipe: Recipe) -> Iterator[str]:
+    """Say where training would render prompts otherwise than everything after it, requests to a server included."""
+    for where, stage in (("sft", recipe.sft), ("policy", recipe.policy)):
+        if stage is not None and stage.args.get("chat_template_kwargs"):
+            yield (
+                f"recipe.{where}.args.chat_template_kwargs is set: evaluation, canaries and a plain request to the server "
+                "render prompts without it, so the policy would be judged and served on other prompts than it learned. Put "
+                "what it says into the template itself, and name that by recipe.sft.args.chat_template_path."
+            )
+
+
+def _lengths(recipe: Recipe) -> Iterator[str]:
+    """Say which lengths and sampling settings of the export could never be served, or would never act."""
+    export, generation = recipe.export, recipe.export.generation
+    asked = {"max_new_tokens": export.max_new_tokens, "generation.max_new_tokens": generation.max_new_tokens}
+    for name, tokens in asked.items():
+        if tokens is not None and tokens >= export.max_model_len:
+            yield (
+                f"recipe.export.{name} is {tokens} but recipe.export.max_model_len is {export.max_model_len}: no prompt fits "
+                "before so long an answer. Raise max_model_len, or lower it."
+            )
+    idle = [name for name in ("top_p", "top_k", "min_p") if getattr(generation, name) != Generation.model_fields[name].default]
+    if idle and generation.temperature == 0:
+        yield (
+            f"recipe.export.generation.{idle[0]} is {getattr(generation, idle[0]):g} but generation.temperature is 0: greedy "
+            "decoding does not sample, so it would do nothing. Set a temperature, or drop it."
+        )
 
 
 def _fits(name: str, dataset: Dataset | None, kinds: tuple[str, ...], reader: str) -> Iterator[str]:
@@ -197,6 +240,11 @@ def _gates(profile: Profile) -> Iterator[str]:
     for setting, metrics in asked.items():
         for metric in metrics:
             yield from _measures(recipe, setting, metric)
+    idle = [name for name in ("metric", "p_max") if name in gates.model_fields_set and getattr(gates, name) is not None]
+    if idle and not gates.better_than:
+        yield f"gates.{idle[0]} is set but gates.better_than is []: nothing would read it. Name a model, or drop it."
+    if "approval_timeout_seconds" in gates.model_fields_set and not gates.approval:
+        yield "gates.approval_timeout_seconds is set but gates.approval is false: nobody is asked. Set it to true, or drop it."
     yield from _limits(gates, gates.metric or recipe.evaluate.metric)
     yield from _win_rates(gates)
 
@@ -229,8 +277,8 @@ def _is_measured(evaluate: Evaluate, metric: str) -> bool:
         return name in evaluate.rewards
     if kind == "win_rate":
         return evaluate.win_rate and name in MODELS
-    task = metric.rpartition("/")[0]  # a group's tasks are named after it: mmlu_anatomy
-    return metric == evaluate.metric or any(task == own or task.startswith(f"{own}_") for own in evaluate.tasks)
+    # which tasks a group has, and what they measure, lm-eval is asked in tasks/check_profile.py
+    return metric == evaluate.metric or bool(evaluate.tasks and metric.rpartition("/")[0])
 
 
 def _trains_on_reward_model(recipe: Recipe) -> bool:
@@ -252,7 +300,9 @@ def _limits(gates: Gates, metric: str) -> Iterator[str]:
 
 
 def _is_share(metric: str) -> bool:
-    return metric in ("accuracy", "preference_accuracy") or metric.startswith("win_rate/")
+    name = metric.rpartition("/")[2].partition(":")[0]
+    of_a_task = "/" in metric and (name.startswith(("acc", "exact_match", "pass@")) or name in SHARES)
+    return metric in ("accuracy", "preference_accuracy") or metric.startswith("win_rate/") or of_a_task
 
 
 def _win_rates(gates: Gates) -> Iterator[str]:

@@ -186,7 +186,7 @@ class Evaluate(Strict):
     rewards: list[str] = Field(default_factory=list, description="reward functions, each the metric `reward/<name>`")
     win_rate: bool = Field(False, description="let recipe.reward_model judge the policy's answers against the others'")
     max_new_tokens: int = Field(64, gt=0)
-    max_length: int = Field(1024, gt=0, description="preference_accuracy: longer pairs are cut there, and counted")
+    max_length: int = Field(1024, gt=0, description="preference_accuracy: longer pairs are cut there")
     batch_size: int = Field(32, gt=0)
     tasks: list[str] = Field(default_factory=list, description="tasks, groups or tags of lm-eval, or of `task_folder`")
     task_folder: str | None = Field(None, description="lm-eval tasks of one's own: YAML files and their data, in one folder")
@@ -247,7 +247,7 @@ def _asked(limits: dict[str, float | None]) -> dict[str, float]:
 
 
 class Gates(Strict):
-    """What the candidate must show before it is merged and exported, and who says yes to its release (docs/gates.md)."""
+    """What the merged candidate must show before it is exported, and who says yes to its release (docs/gates.md)."""
 
     metric: str | None = Field(None, description="what `better_than` is judged by; null: recipe.evaluate.metric")
     floors: Annotated[dict[str, float | None], AfterValidator(_asked)] = Field(

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from profiles.load import InvalidProfile, accelerate_file, load
-from profiles.schema import STAGES, Evaluate, Grpo, Profile, Recipe, StagePlacement
+from profiles.schema import STAGES, Evaluate, Gates, Grpo, Profile, Recipe, StagePlacement
 from tasks.artifacts import disk_errors, refuse_unusable_model, task_folder
 from tasks.environment import home
 from tasks.errors import MachineUnfit, ProfileError
@@ -46,7 +46,7 @@ def check_profile(profile: Profile) -> None:
     check_limits(profile.recipe)
     placement = profile.placement.default
     python = job_python(placement)
-    asked = question(profile.recipe)
+    asked = question(profile)
     key = fingerprint({"asked": asked, "libraries": library_versions(python), "code": code_digest("tasks.jobs.check_args")})
     kept = home() / ".checks" / f"{key}.json"
     if not kept.is_file():
@@ -105,20 +105,23 @@ def check_paths(recipe: Recipe) -> None:
         task_folder(Path(recipe.evaluate.task_folder))
 
 
-def question(recipe: Recipe) -> dict[str, Any]:
-    """Return what the job side is asked: each stage's config class and arguments, and every reward's name."""
+def question(profile: Profile) -> dict[str, Any]:
+    """Return what the job side is asked: each stage's config class and arguments, every reward's name, tasks and their gate."""
+    recipe = profile.recipe
     stages = {"sft": ("sft", recipe.sft), "reward_model": ("reward_model", recipe.reward_model)}
     stages["policy"] = (recipe.policy.method, recipe.policy)
     args = {f"recipe.{where}": [CONFIG_CLASS[name], stage.args] for where, (name, stage) in stages.items() if stage}
     rewards = [r.name for r in recipe.policy.reward_functions] if isinstance(recipe.policy, Grpo) else []
     asked = {"args": args, "rewards": [*rewards, recipe.evaluate.scorer, *recipe.evaluate.rewards]}
-    return asked | ({"tasks": lm_eval_tasks(recipe.evaluate)} if recipe.evaluate.tasks else {})
+    return asked | ({"tasks": lm_eval_tasks(recipe.evaluate, profile.gates)} if recipe.evaluate.tasks else {})
 
 
-def lm_eval_tasks(evaluate: Evaluate) -> dict[str, Any]:
-    """Return the names of the asked tasks and the folder they may be in, with its digest: other files, another answer."""
+def lm_eval_tasks(evaluate: Evaluate, gates: Gates) -> dict[str, Any]:
+    """Return the names of the asked tasks, the folder they may be in, its digest, and their metrics that the gate reads."""
     folder = task_folder(Path(evaluate.task_folder)) if evaluate.task_folder else None
-    return {"names": evaluate.tasks, "folder": folder and folder.path, "digest": folder and folder.digest}
+    read = [*gates.floors, *gates.not_worse, *([gates.metric] if gates.metric else [])]
+    gate = sorted({name for name in read if "/" in name and name.split("/")[0] not in ("reward", "win_rate", "win_rate_lc")})
+    return {"names": evaluate.tasks, "folder": folder and folder.path, "digest": folder and folder.digest, "gate": gate}
 
 
 def _ask(python: str, env: dict[str, str], asked: dict[str, Any]) -> list[str]:

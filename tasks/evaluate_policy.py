@@ -9,6 +9,7 @@ from profiles.schema import Profile
 from tasks.artifacts import Artifact, task_folder
 from tasks.build import Stage, build
 from tasks.champion import choose_opponent
+from tasks.errors import ProfileError
 from tasks.pipeline_run import PipelineRun
 from tasks.stage_config import with_model
 from tasks.train_policy import judge
@@ -32,6 +33,18 @@ def evaluate_policy(
     champion = choose_opponent(run, policy).export
     stage = evaluate_stage(run.profile, base, sft, policy, merged, rows, champion, reward_model)
     return build(run, stage, run.profile.placement.of("evaluate"))
+
+
+def refuse_tools(held_out: Artifact) -> None:
+    """Raise ProfileError for held-out rows with tools: training renders them into the prompt, and what asks models does not."""
+    import pyarrow.parquet as pq
+
+    if "tools" in pq.read_schema(held_out / "rows.parquet").names:
+        raise ProfileError(
+            "the rows of recipe.datasets.eval come with `tools`. Evaluation, canaries and the parity test would ask without "
+            "them: the models would be judged on other prompts than those they were trained on. Render the tools into the "
+            "prompts, or hold out rows without them."
+        )
 
 
 def evaluate_stage(

@@ -13,7 +13,16 @@ import numpy as np
 
 from profiles.schema import Gates
 from tasks.errors import ProfileError
-from tasks.paired import Difference, Estimate, difference, estimate, p_better, rows_for_difference, rows_for_floor
+from tasks.paired import (
+    Difference,
+    Estimate,
+    difference,
+    estimate,
+    p_better,
+    rows_for_difference,
+    rows_for_floor,
+    rows_for_gain,
+)
 
 Answer = Literal["PASS", "FAIL", "INCONCLUSIVE"]
 Scores = Mapping[str, Mapping[str, Sequence[float]]]
@@ -103,6 +112,7 @@ def _claims(arrays: Arrays, gates: Gates, metric: str, comparable: dict[str, Any
         name = _measured(arrays, asked, "gates.not_worse")
         [other] = _others(arrays, name, ["champion"])
         apart = _apart(comparable, name, other, "gates.not_worse")
+        _refuse_wide(name, arrays[name]["policy"], _scores_of(arrays, name, other), margin)
         yield apart or _not_worse(name, arrays[name]["policy"], _scores_of(arrays, name, other), other, margin)
 
 
@@ -134,7 +144,7 @@ def _better(metric: str, policy: np.ndarray, scores: np.ndarray, other: Other, g
     else:
         missed = [f"p is not below gates.p_max {gates.p_max:g}"] if p >= gates.p_max else []
         missed += [f"the gain is not {limit} or more"] if d.value < gates.gain_min else []
-        rows = rows_for_difference(d, gates.gain_min, 1 - gates.p_max)
+        rows = rows_for_gain(d, gates.gain_min, 1 - gates.p_max)
         why = " and ".join(missed) or "there is no gain"
         verdict, text = "INCONCLUSIVE", f"{text}: not shown to be better, {why}. {_more(rows, d.n)}"
     return Claim(f"better than {other.label}", verdict, text, metric, d.n, d.value, d.low, d.high, gates.gain_min, p)
@@ -152,6 +162,17 @@ def _not_worse(metric: str, policy: np.ndarray, scores: np.ndarray, other: Other
         more = _more(rows_for_difference(d, -margin), d.n)
         verdict, text = "INCONCLUSIVE", f"{text}: a loss of {limit} lies in the interval. {more}"
     return Claim(f"not worse than {other.label}", verdict, text, metric, d.n, d.value, d.low, d.high, -margin)
+
+
+def _refuse_wide(metric: str, policy: np.ndarray, scores: np.ndarray, margin: float) -> None:
+    """Raise ProfileError for a margin that no loss between two models with such scores could reach."""
+    every = np.concatenate([policy, scores])
+    span = float(every.max() - every.min())
+    if 0 < span <= margin:
+        raise ProfileError(
+            f"gates.not_worse.{metric} is {margin:g}, but its scores lie within {span:g} of each other ({every.min():g} to "
+            f"{every.max():g}): any loss would pass. Give the margin in points of the metric, for a share 0.03 or 0.05."
+        )
 
 
 def _compared(metric: str, policy: np.ndarray, scores: np.ndarray, other: Other, d: Difference) -> str:

@@ -133,6 +133,18 @@ def rows_for_difference(d: Difference, limit: float, level: float = LEVEL) -> in
     return _rows(d.value - limit, supposed, d.variance, level)
 
 
+def rows_for_gain(d: Difference, least: float, level: float) -> int | None:
+    """Return how many rows would decide a gain of at least `least`, were the one seen the true one; None if none would.
+
+    A gain beyond `least` must be told from 0 by the test at `level`, and its estimate must come out at `least` or more; one
+    below it must be told from `least` by its interval. Each with power 0.8.
+    """
+    if d.value <= least:
+        return rows_for_difference(d, least)
+    estimate = ceil((norm.ppf(POWER) * sqrt(d.variance) / (d.value - least)) ** 2)
+    return max(rows_for_difference(d, 0.0, level) or 1, estimate if least else 1)
+
+
 def _rows(gap: float, supposed: float, variance: float, level: float) -> int | None:
     if gap == 0:
         return None

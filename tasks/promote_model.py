@@ -8,6 +8,7 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed
 
+from profiles.schema import Profile
 from tasks import champion, served_model
 from tasks.artifacts import Artifact
 from tasks.errors import ReleaseFailed
@@ -22,9 +23,9 @@ log = logging.getLogger("posttrain")
 def promote_model(run: PipelineRun) -> Version | State:
     """Return the version of the run's export, the champion from now on; as a Prefect state named Cached if it was that before.
 
-    Where `release.promote` is false, it stays a candidate. Raises ReleaseFailed if the champion is not the one any more that
-    the policy was compared with, if this export was rolled back before, or if the server at `release.served_at` does not
-    come to serve it.
+    Where `release.promote` is false, or the gate did not ask for a gain over the champion, it stays a candidate. Raises
+    ReleaseFailed if the champion is not the one any more that the policy was compared with, if this export was rolled back
+    before, or if the server at `release.served_at` does not come to serve it.
     """
     name, release = run.profile.name, run.profile.release
     policy, export = built(run, run.profile.recipe.policy.method), built(run, "export")
@@ -32,14 +33,25 @@ def promote_model(run: PipelineRun) -> Version | State:
         with champion.exclusive(name):
             version = registry.register(name, export, run.mlflow_run_id, tags_of(run, policy, export))
             registry.tag(version, release.model_dump(include={"served_at", "served_timeout_seconds"}, exclude_none=True))
-            moved = release.promote and champion.promote(version, champion.chosen(run))
-        record.status = "ran" if moved or not release.promote else "cached"
-        record.notes = [told(run, version, moved)]
-        if release.promote:
+            held = why_not(run.profile)
+            moved = not held and champion.promote(version, champion.chosen(run))
+        record.status = "ran" if moved or held else "cached"
+        record.notes = [told(run, version, moved, held)]
+        if not held:
             served_model.assert_served(version, release.served_at, release.served_timeout_seconds)
     if record.status == "ran":
         return version
     return Completed(name="Cached", message=f"{version} is the champion already", data=version)
+
+
+def why_not(profile: Profile) -> str:
+    """Return why a candidate that passed its gate does not become the champion by itself; nothing if it does.
+
+    A gate that does not ask for a gain over the champion passes a tie, and a loss too; run after run these would add up.
+    """
+    if not profile.release.promote:
+        return "release.promote is false"
+    return "" if "champion" in profile.gates.better_than else "gates.better_than does not name the champion"
 
 
 def built(run: PipelineRun, stage: str) -> Artifact:
@@ -57,14 +69,14 @@ def tags_of(run: PipelineRun, policy: Artifact, export: Artifact) -> dict[str, s
     return own | {"run_id": run.run_id, "serve": export.details["serve"]}
 
 
-def told(run: PipelineRun, version: Version, moved: bool) -> str:
+def told(run: PipelineRun, version: Version, moved: bool, held: str) -> str:
     """Say where the release went: in the log, on the run's page in Prefect, in MLflow's tags and in the run's folder."""
     found = champion.aliases(run.profile.name)
     what = "is the champion already"
     if moved:
         what = f"is the champion; before: {found.get(registry.PREVIOUS) or 'none'}"
-    elif not run.profile.release.promote:
-        what = f"is a candidate (release.promote is false): posttrain promote {run.run_id}"
+    elif held:
+        what = f"is a candidate ({held}): posttrain promote {run.run_id}"
     text = f"{version} {what}"
     log.info("promote: %s", text)
     create_markdown_artifact(key="release", markdown=f"{text}\n\n[in MLflow's registry]({registry.page(version)})")

@@ -58,15 +58,18 @@ def check_reward(name: str) -> str | None:
     return None if name in known else f"there is no reward function {name!r}.{_nearest(name, known)}"
 
 
-def check_tasks(names: list[str], folder: str | None, digest: str | None = None) -> list[str]:
-    """Return what is wrong with the names of lm-eval tasks; `digest` only tells one folder's answer from another's."""
+def check_tasks(names: list[str], folder: str | None, gate: list[str], digest: str | None = None) -> list[str]:
+    """Return what is wrong with the names of lm-eval tasks, and with the gate's metrics of them.
+
+    `digest` only tells one folder's answer from another's.
+    """
     from tasks.jobs import harness
 
     try:
-        harness.find_tasks(names, Path(folder) if folder else None)
+        manager = harness.find_tasks(names, Path(folder) if folder else None)
     except ValueError as error:
         return [str(error)]
-    return []
+    return harness.unjudgeable(gate, names, manager)
 
 
 def _nearest(word: str, known: list[str]) -> str:

@@ -5,7 +5,6 @@ is what will be served: in bfloat16 a merge rounds most of a small update away, 
 The champion is the export that is served, with its own weights, tokenizer and chat template.
 """
 
-import hashlib
 import inspect
 import json
 import logging
@@ -24,7 +23,8 @@ from tasks.job_spec import JobResult, JobSpec
 from tasks.jobs import without_vllm  # noqa: F401
 from tasks.jobs.answers import SEED, generate, log_probabilities, samples, scores_of, slices
 from tasks.jobs.job import done, run
-from tasks.jobs.models import load_base, load_reward_model, load_tokenizer, load_whole, on_cpu, tokenizer_of
+from tasks.jobs.models import load_base, load_reward_model, load_tokenizer, load_whole, on_cpu, own_dtype, tokenizer_of
+from tasks.jobs.parity import digest
 from tasks.jobs.rewards import find_reward
 from tasks.jobs.training import rows
 
@@ -60,7 +60,7 @@ def main(spec: JobSpec) -> JobResult:
         lines += [{"model": speaker.name} | line for line in own + (found.lines if found else [])]
         scalars |= {f"{metric}/{speaker.name}": value for metric, value in found.scalars.items()} if found else {}
         hashes = found.hashes if found else {}
-        comparable[speaker.name] = {"chat_template": template_digest(speaker.tokenizer), "tasks": hashes}
+        comparable[speaker.name] = {"chat_template": digest(speaker.tokenizer.chat_template), "tasks": hashes}
     if spec.config["win_rate"]:
         won, values = win_rates(spec, data["prompt"], texts)
         lines, scalars = lines + won, scalars | values
@@ -102,9 +102,9 @@ def load_speakers(spec: JobSpec) -> list[Speaker]:
     sft = spec.inputs.get("sft")
     model = in_place(PeftModel.from_pretrained(base, sft, adapter_name="sft") if sft else base)
     speakers = [Speaker(name, model, tokenizer) for name in ("base", *(["sft"] if sft else []))]
-    speakers.append(Speaker("policy", in_place(load_whole(spec.inputs["merge"], spec)), tokenizer))
+    speakers.append(Speaker("policy", in_place(load_whole(spec.inputs["merge"], spec.config["dtype"])), tokenizer))
     if folder := spec.inputs.get("champion"):
-        speakers.append(Speaker("champion", in_place(load_whole(folder, spec)), tokenizer_of(folder)))
+        speakers.append(Speaker("champion", in_place(load_whole(folder, own_dtype(folder))), tokenizer_of(folder)))
     return speakers
 
 
@@ -272,13 +272,6 @@ def kl_to_champion(policy: Speaker, champion: Speaker, data: Dataset, settings: 
             kl += (logp.exp() * (logp - other)).sum(-1)[part["mask"]].sum().item()
             tokens += part["mask"].sum().item()
     return kl / tokens
-
-
-def template_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the SHA-256 of a tokenizer's chat template; one without has that of the empty text."""
-    template = tokenizer.chat_template or ""
-    text = template if isinstance(template, str) else json.dumps(template, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 if __name__ == "__main__":

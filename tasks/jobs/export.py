@@ -25,6 +25,8 @@ WEIGHTS = ("model*.safetensors", "model.safetensors.index.json")
 TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template.jinja")
 OURS = ("manifest.json", "certificate.json")  # the merge's own, not for a server
 GENERATION = "generation_config.json"
+SETTINGS = ("config.json", "tokenizer_config.json")
+TEMPLATES = "additional_chat_templates"  # of a tokenizer with several
 
 
 def main(spec: JobSpec) -> JobResult:
@@ -34,6 +36,7 @@ def main(spec: JobSpec) -> JobResult:
     write_export(spec, tokenizer)
     check_export(spec, tokenizer)
     prompts = [row["prompt"] for _, row in zip(range(spec.config["num_probes"]), rows(spec, "rows"), strict=False)]
+    refuse_long(spec, tokenizer, prompts)
     with served.serving(spec) as client:
         defaults = served.sampling_defaults(client, prompts[0])
         answers = [served.ask(client, prompt, spec.config["max_new_tokens"]) for prompt in prompts]
@@ -58,14 +61,26 @@ def write_export(spec: JobSpec, tokenizer: PreTrainedTokenizerBase) -> None:
     for path in sorted(Path(spec.inputs["merge"]).iterdir()):
         if path.name in (*OURS, GENERATION, "README.md"):
             continue
+        if path.name == TEMPLATES and all(file.suffix == ".jinja" for file in path.iterdir()):
+            shutil.copytree(path, spec.output / path.name)
+            continue
         if not any(path.match(pattern) for pattern in (*WEIGHTS, *TOKENIZER, "config.json")):
             raise RuntimeError(
                 f"the merged checkpoint holds {path.name}, which is no file that vllm serve needs; it could be a pickle or "
                 "code that runs when the model is loaded. Remove it from the base model's folder, or convert it to safetensors."
             )
         shutil.copy2(path, spec.output / path.name)
+    for name in SETTINGS:
+        forget_code(spec.output / name)
     (spec.output / GENERATION).write_text(json.dumps(generation_config(spec, tokenizer), indent=1) + "\n")
     (spec.output / "README.md").write_text(model_card(spec), encoding="utf-8")
+
+
+def forget_code(file: Path) -> None:
+    """Drop `auto_map`: the base was loaded by transformers' own class, and a server must not be offered the code of another."""
+    settings = json.loads(file.read_text())
+    if settings.pop("auto_map", None) is not None:
+        file.write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def generation_config(spec: JobSpec, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -127,10 +142,22 @@ def wrong_settings(spec: JobSpec, tokenizer: PreTrainedTokenizerBase) -> list[st
             wrong.append(f"{GENERATION} says {name} {written.get(name)!r} where the profile says {wanted.get(name)!r}.")
     if (dtype := config.get("dtype", config.get("torch_dtype"))) != spec.config["dtype"]:
         wrong.append(f"config.json says dtype {dtype!r} where recipe.base_model.dtype is {spec.config['dtype']!r}.")
-    for name in ("config.json", "tokenizer_config.json"):
+    for name in SETTINGS:
         if "auto_map" in json.loads((spec.output / name).read_text()):
             wrong.append(f"{name} has auto_map: loading it would run code that comes with the model.")
     return wrong
+
+
+def refuse_long(spec: JobSpec, tokenizer: PreTrainedTokenizerBase, prompts: list[Any]) -> None:
+    """Raise RuntimeError for a probe that, with its answer, is longer than what the export is served with."""
+    longest = max(len(encoded(tokenizer, [prompt])["input_ids"][0]) for prompt in prompts)
+    room = spec.config["max_model_len"] - spec.config["max_new_tokens"]
+    if longest > room:
+        raise RuntimeError(
+            f"a held-out prompt has {longest} tokens; recipe.export.max_model_len {spec.config['max_model_len']} less "
+            f"recipe.export.max_new_tokens {spec.config['max_new_tokens']} leaves {room}: it could not be served. Raise "
+            "max_model_len, or take longer prompts out of the eval set."
+        )
 
 
 def read_by_policy(
@@ -144,7 +171,9 @@ def read_by_policy(
             rendered = encoded(tokenizer, [prompt])["input_ids"][0].tolist()
             whole = torch.tensor([rendered + answer["ids"]])
             logits = model(whole).logits[0, len(rendered) - 1 : -1].float()
-            found = parity.judged(logits, answer, [tokenizer.eos_token_id])
+            with model.disable_adapter():
+                of_base = model(whole).logits[0, len(rendered) - 1 : -1].float()
+            found = parity.judged(logits, of_base, answer, [tokenizer.eos_token_id])
             probes.append({"prompt": prompt} | answer | {"rendered_ids": rendered} | found)
     return probes
 

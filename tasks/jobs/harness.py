@@ -7,6 +7,7 @@ names is looked for beside that YAML, and must lie in the folder, for the folder
 import difflib
 import math
 import os
+import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,7 @@ from lm_eval.utils import hash_string
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 Row = dict[str, Any]
+INCLUDE = re.compile(r"^include:\s*(\S+)", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,7 @@ def find_tasks(names: list[str], folder: Path | None) -> TaskManager:
     lm-eval's own index takes ten seconds to read, so it is left out where the folder alone has all that is asked for.
     """
     folder = Path(os.path.abspath(folder)) if folder else None
+    refuse_includes(folder)
     manager = TaskManager(include_path=folder, include_defaults=False) if folder else None
     if manager is None or not all(_is_single(manager, name) for name in names):
         manager = TaskManager(include_path=folder)
@@ -98,6 +101,66 @@ def find_tasks(names: list[str], folder: Path | None) -> TaskManager:
     if folder:
         manager._factory = FolderTasks(folder)
     return manager
+
+
+def refuse_includes(folder: Path | None) -> None:
+    """Raise ValueError for a YAML that includes one outside the folder, whose bytes the evaluation is not keyed on."""
+    for path in sorted(folder.rglob("*.yaml")) if folder else []:
+        for given in INCLUDE.findall(path.read_text(encoding="utf-8", errors="replace")):
+            included = Path(os.path.normpath(path.parent / given.strip("'\"")))
+            if not included.is_relative_to(folder):
+                raise ValueError(
+                    f"{path.name} includes {given}, which is outside recipe.evaluate.task_folder: other bytes there would be "
+                    "the same evaluation. Put the file beside the YAML."
+                )
+
+
+def unjudgeable(metrics: list[str], names: list[str], manager: TaskManager) -> list[str]:
+    """Return a sentence for each metric of the gate that the asked tasks will not measure row by row, the higher the better.
+
+    What a task's YAML leaves to lm-eval is not told.
+    """
+    single = {leaf for name in names for leaf in _leaves(manager, name)}
+    problems = []
+    for metric in metrics:
+        task = metric.rpartition("/")[0]
+        if task not in single:
+            near = difflib.get_close_matches(task, sorted(single), n=3, cutoff=0.3)
+            problems.append(
+                f"the gate names {metric!r}, and {task!r} is no single task of recipe.evaluate.tasks: it has no score per "
+                f"row. Name a metric of one of them{': ' + ', '.join(near) if near else ''}."
+            )
+        elif (known := _by_row(manager.task_index[task])) is not None and metric not in known:
+            problems.append(
+                f"the gate names {metric!r}, but row by row, the higher the better, {task} measures "
+                f"{', '.join(sorted(known)) or 'nothing'}. Name one of these."
+            )
+    return problems
+
+
+def _leaves(manager: TaskManager, name: str) -> set[str]:
+    """Return the single tasks behind a task's, tag's or group's name."""
+    entry = manager.task_index[name]
+    if entry.kind == Kind.TAG:
+        return set(entry.tags)
+    if entry.kind != Kind.GROUP:
+        return {name}
+    children = (child if isinstance(child, str) else child.get("task", "") for child in (entry.cfg or {}).get("task", []))
+    return {leaf for child in children if child in manager.task_index for leaf in _leaves(manager, child)}
+
+
+def _by_row(entry: Entry) -> set[str] | None:
+    """Return a task's metrics that are means of a score per row, the higher the better; None if its YAML names none."""
+    config = entry.cfg or {}
+    if not isinstance(config.get("metric_list"), list):
+        return None
+    filters = [own["name"] for own in config.get("filter_list") or [{"name": "none"}]]
+    means = [
+        own["metric"]
+        for own in config["metric_list"]
+        if isinstance(own.get("metric"), str) and own.get("aggregation", "mean") == "mean" and own.get("higher_is_better", True)
+    ]
+    return {metric_name(entry.name, metric, chosen) for metric in means for chosen in filters}
 
 
 def _is_single(manager: TaskManager, name: str) -> bool:

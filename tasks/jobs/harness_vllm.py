@@ -12,7 +12,7 @@ from peft import PeftModel
 
 from tasks.job_spec import JobSpec
 from tasks.jobs.harness import Measured, Tasks, run_tasks
-from tasks.jobs.models import load_base, on_cpu
+from tasks.jobs.models import load_base, on_cpu, own_dtype
 from tasks.vllm_server import server_environment
 
 
@@ -24,7 +24,8 @@ def measure(tasks: Tasks, spec: JobSpec, chat: bool) -> dict[str, Measured]:
     found = {}
     with whole_models(spec) as models:
         for name, (folder, tokenizer) in models.items():
-            with engine(folder, tokenizer, spec) as model:
+            dtype = own_dtype(folder) if name == "champion" else spec.config["dtype"]
+            with engine(folder, tokenizer, dtype, spec.seed) as model:
                 found[name] = run_tasks(tasks, model, spec.config, seed=spec.seed, chat=chat)
     return found
 
@@ -52,9 +53,9 @@ def whole_models(spec: JobSpec) -> Iterator[dict[str, tuple[str, str]]]:
 
 
 @contextmanager
-def engine(folder: str, tokenizer: str, spec: JobSpec) -> Iterator[LM]:
+def engine(folder: str, tokenizer: str, dtype: str, seed: int) -> Iterator[LM]:
     """Yield lm-eval's model on a vLLM engine; its process, and with it the device's memory, is gone afterwards."""
-    settings: dict[str, Any] = {"dtype": spec.config["dtype"], "seed": spec.seed, "enforce_eager": on_cpu()}
+    settings: dict[str, Any] = {"dtype": dtype, "seed": seed, "enforce_eager": on_cpu()}
     with outside_of_the_launcher(), vllm_has_a_version():
         from lm_eval.models.vllm_causallms import VLLM
 

@@ -47,16 +47,21 @@ def tokenizer_of(folder: str) -> PreTrainedTokenizerBase:
 
 def load_base(spec: JobSpec) -> PreTrainedModel:
     """Return the base model in the recipe's dtype."""
-    return load_whole(spec.inputs["base_model"], spec)
+    return load_whole(spec.inputs["base_model"], spec.config["dtype"])
 
 
-def load_whole(folder: str, spec: JobSpec) -> PreTrainedModel:
-    """Return a folder's full weights in the recipe's dtype; on the CPU the head gets its input in one piece.
+def own_dtype(folder: str) -> str:
+    """Return the dtype that an export was released with."""
+    return str(AutoConfig.from_pretrained(folder).dtype or "float32").removeprefix("torch.")
+
+
+def load_whole(folder: str, dtype: str) -> PreTrainedModel:
+    """Return a folder's full weights in a dtype; on the CPU the head gets its input in one piece.
 
     Generation and TRL keep only some positions, and of such a slice PyTorch 2.13 makes one product per row, which in bfloat16
     takes 5.3 s where one product of all takes 0.09 s (48 rows of 25 positions, 49,152 tokens).
     """
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, spec.config["dtype"]))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
     if on_cpu():
         model.get_output_embeddings().register_forward_pre_hook(lambda head, inputs: (inputs[0].contiguous(),))
     return model

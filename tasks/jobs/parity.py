@@ -5,6 +5,7 @@ same text, also after a tie, and nothing depends on how the policy itself would 
 """
 
 import hashlib
+import json
 import math
 from typing import Any
 
@@ -14,22 +15,29 @@ import torch
 # they are 1e-5 apart. bfloat16 has 8 bits, so logits between 16 and 32 lie 0.125 apart: of 704 tokens of SmolLM2-135M (a DPO
 # policy, 23 November 2026) 7 were not the policy's best one, six by 0.125 nats or less and one by 0.375.
 TIE_MARGIN = {"float32": 1e-3, "bfloat16": 0.5}
-MULT_PROB_ERROR_MAX = 1.05  # NeMo-RL's limit on its token_mult_prob_error
+# NeMo-RL's limit on its token_mult_prob_error is 1.05. In float32 it is 1.0000002, so there 1.001 is generous.
+MULT_PROB_ERROR_MAX = {"float32": 1.001, "bfloat16": 1.05}
 # What vLLM takes if told nothing.
 SAMPLING = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
 
 
-def judged(logits: torch.Tensor, answer: dict[str, Any], eos_ids: list[int]) -> dict[str, Any]:
+def judged(logits: torch.Tensor, of_base: torch.Tensor, answer: dict[str, Any], eos_ids: list[int]) -> dict[str, Any]:
     """Return what the policy makes of a served answer.
 
-    `logits` (tokens, vocabulary) are the policy's at the place of each served token. `gaps` are nats below the policy's best
-    token, `errors` are |log p(served) - log p(policy)| of the token written.
+    `logits` (tokens, vocabulary) are the policy's at the place of each served token, `of_base` the base's. `gaps` are nats
+    below the policy's best token, `errors` are |log p(served) - log p(policy)| of the token written, `base_errors` those to the
+    base.
     """
+    ids, served = torch.tensor(answer["ids"])[:, None], torch.tensor(answer["logps"], dtype=torch.double)
     logp = torch.log_softmax(logits.double(), -1)
-    own = logp.gather(-1, torch.tensor(answer["ids"])[:, None])[:, 0]
-    gaps = (logp.max(-1).values - own).tolist()
-    errors = (torch.tensor(answer["logps"], dtype=torch.double) - own).abs().tolist()
-    return {"gaps": gaps, "errors": errors, "best": logp.argmax(-1).tolist(), "stops_right": stops_right(answer, eos_ids)}
+    own, base = logp.gather(-1, ids)[:, 0], torch.log_softmax(of_base.double(), -1).gather(-1, ids)[:, 0]
+    return {
+        "gaps": (logp.max(-1).values - own).tolist(),
+        "errors": (served - own).abs().tolist(),
+        "base_errors": (served - base).abs().tolist(),
+        "best": logp.argmax(-1).tolist(),
+        "stops_right": stops_right(answer, eos_ids),
+    }
 
 
 def stops_right(answer: dict[str, Any], eos_ids: list[int]) -> bool:
@@ -47,13 +55,16 @@ def verdict(probes: list[dict[str, Any]], dtype: str) -> dict[str, Any]:
     """
     margin, failures = TIE_MARGIN[dtype], []
     gaps = [gap for probe in probes for gap in probe["gaps"]]
-    error = _mean([math.exp(error) for probe in probes for error in probe["errors"]])
+    error, base_error = (_mean_factor([e for probe in probes for e in probe[name]]) for name in ("errors", "base_errors"))
+    if not gaps:
+        failures.append(f"{len(probes)} probes were answered with no token at all: nothing was compared")
     for number, probe in enumerate(probes):
-        worst = max(probe["gaps"], default=0.0)
-        place = probe["gaps"].index(worst) if probe["gaps"] else 0
+        badness = [math.inf if math.isnan(gap) else gap for gap in probe["gaps"]]
+        place = max(range(len(badness)), key=badness.__getitem__, default=0)
+        worst = probe["gaps"][place] if badness else 0.0
         if probe["prompt_ids"] != probe["rendered_ids"]:
             failures.append(f"probe {number}: the server reads the prompt as other tokens: {_difference(probe)}")
-        elif worst > margin:
+        elif not worst <= margin:  # which NaN is not
             failures.append(
                 f"probe {number}: token {place} of the answer is {probe['ids'][place]}, which the policy holds {worst:.3g} "
                 f"nats below its own {probe['best'][place]} (a tie is up to {margin:g})"
@@ -61,8 +72,14 @@ def verdict(probes: list[dict[str, Any]], dtype: str) -> dict[str, Any]:
         elif not probe["stops_right"]:
             at = probe["ids"][-3:]
             failures.append(f"probe {number}: it ends by {probe['finish']!r} after the tokens {at}, where the policy does not")
-    if error > MULT_PROB_ERROR_MAX:
-        failures.append(f"probabilities of the same tokens differ by a factor of {error:.4f} (limit {MULT_PROB_ERROR_MAX})")
+    limit = MULT_PROB_ERROR_MAX[dtype]
+    if not error <= limit:
+        failures.append(f"probabilities of the same tokens differ by a factor of {error:.4f} (limit {limit})")
+    elif not error < base_error:
+        failures.append(
+            f"the served probabilities are as near to the base's (a factor of {base_error:.6f}) as to the policy's "
+            f"({error:.6f}): the base may be what is served, or the training is lost in rounding"
+        )
     exact = [max(probe["gaps"], default=0.0) == 0.0 for probe in probes]
     return {
         "num_probes": len(probes),
@@ -70,8 +87,9 @@ def verdict(probes: list[dict[str, Any]], dtype: str) -> dict[str, Any]:
         "greedy_match_ratio": _mean(exact),
         "gap_max": max(gaps, default=0.0),
         "token_mult_prob_error": error,
+        "token_mult_prob_error_of_base": base_error,
         "tie_margin": margin,
-        "token_mult_prob_error_max": MULT_PROB_ERROR_MAX,
+        "token_mult_prob_error_max": limit,
         "failures": failures,
     }
 
@@ -82,12 +100,22 @@ def other_defaults(served: dict[str, Any], exported: dict[str, Any]) -> list[str
     found["top_k"] = max(0, found["top_k"])  # -1 is vLLM's other word for all
     wanted = {name: exported.get(name, neutral) for name, neutral in SAMPLING.items()}
     wrong = [name for name in SAMPLING if found[name] != wanted[name]]
-    return [f"by default {name} is {found[name]:g} where the export says {wanted[name]:g}" for name in wrong]
+    told = [f"by default {name} is {found[name]:g} where the export says {wanted[name]:g}" for name in wrong]
+    most = exported.get("max_new_tokens")
+    if most and served.get("max_tokens") != most:
+        told.append(f"by default max_tokens is {served.get('max_tokens')} where the export says max_new_tokens {most}")
+    return told
 
 
-def digest(template: str | None) -> str:
-    """Return the hash by which chat templates are compared."""
-    return hashlib.sha256((template or "").encode()).hexdigest()
+def digest(template: str | dict[str, str] | None) -> str:
+    """Return the hash by which chat templates are compared: of the one, or of all by their names; none is the empty text."""
+    text = json.dumps(template, sort_keys=True) if isinstance(template, dict) else template or ""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _mean_factor(errors: list[float]) -> float:
+    """Return the mean of exp|error|; a probability of 0 on one side, which vLLM writes as -9999 nats, counts as e^50."""
+    return _mean([math.exp(min(error, 50.0)) if error == error else math.nan for error in errors])
 
 
 def _difference(probe: dict[str, Any]) -> str:

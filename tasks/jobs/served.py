@@ -81,9 +81,12 @@ def free_port() -> int:
 
 
 def ask(client: OpenAI, prompt: str | list[dict[str, Any]], max_new_tokens: int) -> dict[str, Any]:
-    """Return the greedy answer `{"prompt_ids", "ids", "logps", "finish", "text"}`, by the chat API for conversations."""
-    common: dict[str, Any] = {"model": NAME, "temperature": 0.0, "max_tokens": max_new_tokens}
-    common["extra_body"] = {"return_token_ids": True}
+    """Return the greedy answer `{"prompt_ids", "ids", "logps", "finish", "text"}`, by the chat API for conversations.
+
+    What the export samples with by default is switched off: it is the weights that are asked.
+    """
+    common: dict[str, Any] = {"model": NAME, "temperature": 0.0, "top_p": 1.0, "max_tokens": max_new_tokens}
+    common["extra_body"] = {"return_token_ids": True, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
     if isinstance(prompt, str):
         choice = client.completions.create(prompt=prompt, logprobs=0, **common).choices[0]
         prompt_ids, text, logps = choice.prompt_token_ids, choice.text, choice.logprobs.token_logprobs

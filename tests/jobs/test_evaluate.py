@@ -326,12 +326,58 @@ def test_reward_function_that_reads_a_column_which_is_not_there_is_refused_befor
 def test_unknown_task_is_told_with_near_names_and_what_could_not_be_read(digits, tmp_path):
     from tasks.jobs.check_args import check_tasks
 
-    assert check_tasks(["copy_digits", "smallest_digit"], str(digits)) == []
+    assert check_tasks(["copy_digits", "smallest_digit"], str(digits), []) == []
     folder = tmp_path / "folder"
     shutil.copytree(digits, folder)
     (folder / "broken.yaml").write_text("task: [")
-    (problem,) = check_tasks(["hellaswag", "copy_digit"], str(folder))  # lm-eval's own is known, if not loaded
+    (problem,) = check_tasks(["hellaswag", "copy_digit"], str(folder), [])  # lm-eval's own is known, if not loaded
     assert re.search(r"'copy_digit'.*Did you mean copy_digits.*broken\.yaml there cannot be read", problem, re.S)
+
+
+@pytest.mark.parametrize(
+    ("tasks", "metric", "said"),
+    [
+        (["smallest_digit", "copy_digits"], "smallest_digit/acc", None),
+        (["smallest_digit", "copy_digits"], "smallest_digit/accc", "measures smallest_digit/acc."),
+        (["smallest_digit", "copy_digits"], "smallest_digit/mcc", "measures smallest_digit/acc."),
+        (["smallest_digit", "copy_digits"], "copy_digit/exact_match", "copy_digits"),
+        (["ai2_arc"], "arc_easy/acc_norm", None),
+        (["ai2_arc"], "ai2_arc/acc", "arc_"),
+        (["mmlu"], "mmlu/acc", "no single task"),
+        (["mmlu"], "mmlu_virology/acc", None),
+        (["gsm8k"], "gsm8k/exact_match:strict-match", None),
+        (["gsm8k"], "gsm8k/exact_match", "exact_match:strict-match"),
+        (["wikitext"], "wikitext/word_perplexity", "measures nothing"),
+    ],
+)
+def test_gate_on_what_no_task_measures_row_by_row_is_refused_before_anything_trains(tasks, metric, said, digits):
+    from tasks.jobs.check_args import check_tasks
+
+    problems = check_tasks(tasks, str(digits), [metric])
+    assert bool(problems) == bool(said) and (not said or said in problems[0])
+
+
+@pytest.mark.parametrize("include", ["../common.yaml", "'../common.yaml'"])
+def test_task_that_includes_what_its_folders_digest_does_not_cover_is_refused(include, digits, tmp_path):
+    from tasks.jobs import harness
+
+    folder = tmp_path / "folder"
+    shutil.copytree(digits, folder)
+    (tmp_path / "common.yaml").write_text("output_type: generate_until\n")
+    (folder / "copy_digits.yaml").write_text(f"include: {include}\n" + (folder / "copy_digits.yaml").read_text())
+    with pytest.raises(ValueError, match="outside recipe.evaluate.task_folder"):
+        harness.load_tasks(["copy_digits"], folder, tmp_path / "cache")
+    shutil.move(tmp_path / "common.yaml", folder / "common.yaml")
+    (folder / "copy_digits.yaml").write_text((folder / "copy_digits.yaml").read_text().replace("../", ""))
+    assert "copy_digits" in harness.load_tasks(["copy_digits"], folder, tmp_path / "cache").leaves
+
+
+def test_champion_is_asked_in_the_dtype_that_it_was_released_in(schooled, tmp_path):
+    from tasks.jobs.evaluate import load_speakers
+
+    inputs = {name: getattr(schooled, name) for name in ("base_model", "policy", "merge", "rows", "champion")}
+    by_name = {one.name: one.model for one in load_speakers(job(tmp_path, inputs, dtype="bfloat16"))}
+    assert (by_name["champion"].dtype, by_name["policy"].dtype) == (torch.float32, torch.bfloat16)
 
 
 @pytest.mark.parametrize("where", ["../outside.jsonl", ".hidden.jsonl"])

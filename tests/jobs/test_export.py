@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -140,6 +141,7 @@ def test_sampling_that_the_profile_asks_for_is_in_the_export(exported):
 EOS = 2
 # log p of the three tokens at each place: 0.7, 0.2, 0.1 and 0.2, 0.2, 0.6
 LOGITS = torch.tensor([[0.7, 0.2, 0.1], [0.2, 0.2, 0.6]]).log()
+BASE = torch.zeros(2, 3)  # every token is as likely
 
 
 def answer(*ids: int, finish: str = "stop", logps: list[float] | None = None) -> dict:
@@ -150,7 +152,8 @@ def answer(*ids: int, finish: str = "stop", logps: list[float] | None = None) ->
 def probe(given: dict, prompt=(5, 6), rendered=(5, 6)) -> dict:
     from tasks.jobs.parity import judged
 
-    found = judged(LOGITS[: len(given["ids"])], given, [EOS])
+    places = len(given["ids"])
+    found = judged(LOGITS[:places], BASE[:places], given, [EOS])
     return given | {"prompt_ids": list(prompt), "rendered_ids": list(rendered)} | found
 
 
@@ -180,7 +183,7 @@ def test_tie_within_the_margin_of_the_dtype_passes_and_is_no_exact_match():
 
     logits = torch.tensor([[0.50, 0.45, 0.05]]).log()  # log(0.50 / 0.45) = 0.105 nats: below 0.5, above 0.001
     given = {"ids": [1], "finish": "length", "logps": [math.log(0.45)], "prompt_ids": [5], "rendered_ids": [5]}
-    given |= judged(logits, given, [EOS])
+    given |= judged(logits, BASE[:1], given, [EOS])
     assert verdict([given], "bfloat16")["failures"] == [] and verdict([given], "bfloat16")["greedy_match_ratio"] == 0.0
     assert "0.105 nats" in verdict([given], "float32")["failures"][0]
 
@@ -205,9 +208,48 @@ def test_answer_that_ends_otherwise_fails(given):
 def test_probabilities_that_differ_by_more_than_a_twentieth_fail():
     near, far = math.log(1.04), math.log(1.06)
     own = [LOGITS[0, 0].item(), LOGITS[1, EOS].item()]
-    assert failures(probe(answer(0, EOS, logps=[value - near for value in own]))) == []
-    (why,) = failures(probe(answer(0, EOS, logps=[value - far for value in own])))
+    assert failures(probe(answer(0, EOS, logps=[value - near for value in own])), dtype="bfloat16") == []
+    (why,) = failures(probe(answer(0, EOS, logps=[value - far for value in own])), dtype="bfloat16")
     assert "1.0600" in why
+    (why,) = failures(probe(answer(0, EOS, logps=[value - math.log(1.002) for value in own])))  # float32 rounds less
+    assert "1.0020 (limit 1.001)" in why
+
+
+def test_served_probabilities_as_near_to_the_bases_fail_however_near_the_two_are():
+    from tasks.jobs.parity import judged
+
+    policy, base = torch.tensor([[0.51, 0.49]]).log(), torch.tensor([[0.50, 0.50]]).log()
+    for served, fails in ((0.51, False), (0.50, True), (0.504, True), (0.506, False)):
+        given = {"ids": [0], "finish": "length", "logps": [math.log(served)], "prompt_ids": [5], "rendered_ids": [5]}
+        given |= judged(policy, base, given, [EOS])
+        assert bool(failures(given, dtype="bfloat16")) == fails, served
+
+
+@pytest.mark.parametrize("where", ["policy", "server", "later token"])
+def test_what_is_not_a_number_is_no_proof(where):
+    from tasks.jobs.parity import judged
+
+    given, logits = answer(0, EOS), LOGITS.clone()
+    if where == "policy":
+        logits[0] = math.nan
+    elif where == "later token":
+        logits[1] = math.nan
+    else:
+        given["logps"] = [math.nan, math.nan]
+    given |= judged(logits, BASE, given, [EOS]) | {"prompt_ids": [5], "rendered_ids": [5]}
+    assert failures(given)
+
+
+def test_no_probe_no_token_and_a_probability_of_0_are_no_proof_either():
+    assert "no token at all" in failures()[0]
+    assert failures(probe(answer(0, EOS, logps=[-9999.0, -9999.0])))
+
+
+def test_digest_of_several_templates_tells_them_apart():
+    from tasks.jobs.parity import digest
+
+    assert digest({"default": "a", "tool_use": "b"}) == digest({"tool_use": "b", "default": "a"})
+    assert len({digest("a"), digest({"default": "a"}), digest({"default": "b"}), digest(None)}) == 4
 
 
 def test_server_that_samples_otherwise_by_default_is_named():
@@ -216,6 +258,10 @@ def test_server_that_samples_otherwise_by_default_is_named():
     assert other_defaults({"temperature": 0.0, "top_k": -1}, {"temperature": 0.0}) == []
     assert "temperature is 1 where the export says 0" in other_defaults({}, {"temperature": 0.0})[0]
     assert "top_p" in other_defaults({"temperature": 0.7, "top_p": 1.0}, {"temperature": 0.7, "top_p": 0.9})[0]
+    assert (
+        "max_tokens is 64"
+        in other_defaults({"temperature": 0.0, "max_tokens": 64}, {"temperature": 0.0, "max_new_tokens": 8})[0]
+    )
 
 
 # --- really served -----------------------------------------------------------------------------------------------------------
@@ -226,7 +272,8 @@ def test_export_is_served_by_vllm_and_answers_like_the_trained_policy(spec, sft_
     from tasks.jobs import export
 
     inputs = {"policy": sft_adapter, "merge": str(merged[0].output)}
-    job = spec("export", "eval", inputs, **EXPORT, card=CARD)
+    sampling = {"temperature": 0.7, "top_p": 0.9, "top_k": 5, "repetition_penalty": 1.3, "max_new_tokens": 6}
+    job = spec("export", "eval", inputs, **EXPORT | {"generation": EXPORT["generation"] | sampling}, card=CARD)
     result = export.main(job)
     assert result.metrics["greedy_match_ratio"] == 1.0 and result.metrics["token_mult_prob_error"] < 1.001
     proof = json.loads((job.output / "parity.json").read_text())
@@ -235,9 +282,23 @@ def test_export_is_served_by_vllm_and_answers_like_the_trained_policy(spec, sft_
 
 
 @pytest.mark.timeout(600)
-def test_export_of_the_base_instead_of_the_policy_is_caught_by_its_answers(spec, sft_adapter, made):
+@pytest.mark.parametrize(
+    ("strength", "dtype", "why"),
+    [(1.0, "float32", "nats below its own"), (0.1, "bfloat16", "as near to the base's|differ by a factor")],
+    ids=["far from the policy", "near it, in bfloat16"],
+)
+def test_export_of_the_base_instead_of_the_policy_is_caught(strength, dtype, why, spec, sft_adapter, made, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     from tasks.jobs import export
 
-    inputs = {"policy": sft_adapter, "merge": str(made / "base_model")}
-    with pytest.raises(RuntimeError, match="nats below its own"):
-        export.main(spec("export", "eval", inputs, **EXPORT, card=CARD))
+    policy, base = tmp_path / "policy", tmp_path / "base"
+    shutil.copytree(sft_adapter, policy)
+    weights = policy / "adapter_model.safetensors"
+    tensors = {name: tensor * strength if "lora_B" in name else tensor for name, tensor in load_file(weights).items()}
+    save_file(tensors, weights, metadata={"format": "pt"})
+    AutoModelForCausalLM.from_pretrained(made / "base_model", dtype=getattr(torch, dtype)).save_pretrained(base)
+    AutoTokenizer.from_pretrained(sft_adapter).save_pretrained(base)
+    inputs = {"policy": str(policy), "merge": str(base)}
+    with pytest.raises(RuntimeError, match=why):
+        export.main(spec("export", "eval", inputs, **EXPORT | {"dtype": dtype}, card=CARD))

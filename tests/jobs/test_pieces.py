@@ -109,6 +109,6 @@ def test_shipped_profile_arguments_are_taken_by_trl(name):
     from tasks.check_profile import question
     from tasks.jobs.check_args import check_args, check_reward
 
-    asked = question(load(name).recipe)
+    asked = question(load(name))
     problems = [p for where, (config_class, args) in asked["args"].items() for p in check_args(where, config_class, args)]
     assert problems + [p for reward in asked["rewards"] if (p := check_reward(reward))] == []

@@ -46,6 +46,40 @@ CONTRADICTIONS = {
         ["recipe.reward_model", "recipe.policy.method", "dpo"],
     ),
     "win rate without a judge": ({"evaluate": {"win_rate": True}}, ["recipe.evaluate.win_rate", "recipe.reward_model"]),
+    "margin in percent of a task's share": (
+        {"evaluate": {"tasks": ["arc_easy"]}, "gates.not_worse": {"arc_easy/acc": 3}},
+        ["gates.not_worse.arc_easy/acc", "any loss passes"],
+    ),
+    "floor in percent of a task's share": (
+        {"evaluate": {"tasks": ["gsm8k"]}, "gates.floors": {"gsm8k/exact_match:strict-match": 30}},
+        ["gates.floors.gsm8k/exact_match:strict-match", "share"],
+    ),
+    "reward model as scorer": ({"evaluate": {"scorer": "reward_model"}}, ["recipe.evaluate.scorer", "win_rate"]),
+    "prompts rendered otherwise in training": (
+        {"policy.args": {"chat_template_kwargs": {"enable_thinking": False}}},
+        ["recipe.policy.args.chat_template_kwargs", "chat_template_path"],
+    ),
+    "answer longer than the model": (
+        {"export": {"max_model_len": 64, "max_new_tokens": 64}},
+        ["recipe.export.max_new_tokens", "max_model_len is 64"],
+    ),
+    "default answer longer than the model": (
+        {"export": {"max_model_len": 64, "generation": {"max_new_tokens": 4096}}},
+        ["recipe.export.generation.max_new_tokens is 4096", "max_model_len"],
+    ),
+    "sampling that greedy decoding ignores": (
+        {"export": {"generation": {"top_p": 0.9}}},
+        ["recipe.export.generation.top_p", "temperature is 0"],
+    ),
+    "metric of a gain that nobody asks for": (
+        {"gates.better_than": [], "gates.metric": "accuracy"},
+        ["gates.metric", "gates.better_than"],
+    ),
+    "level of a gain that nobody asks for": ({"gates.better_than": [], "gates.p_max": 0.01}, ["gates.p_max"]),
+    "time for an answer that nobody gives": (
+        {"gates.approval_timeout_seconds": 60},
+        ["gates.approval_timeout_seconds", "gates.approval"],
+    ),
     "only rewards of weight 0": (
         {"policy.reward_functions": [{"name": "exact_answer", "weight": 0}]},
         ["recipe.policy.reward_functions"],
@@ -176,10 +210,7 @@ CONTRADICTIONS = {
         {"gates.metric": "reward/near_answer", "evaluate": {"rewards": ["exact_answer"], "tasks": ["mmlu"]}},
         ["gates.metric", "'reward/near_answer'", "recipe.evaluate", "accuracy, reward/exact_answer, mmlu/…"],
     ),
-    "floor under a task that is not measured": (
-        {"gates.floors": {"arc/acc": 0.3}, "evaluate": {"tasks": ["mmlu"]}},
-        ["gates.floors", "'arc/acc'", "mmlu/…"],
-    ),
+    "floor under a task where there is none": ({"gates.floors": {"arc/acc": 0.3}}, ["gates.floors", "'arc/acc'"]),
     "floor under the other metric": ({"gates.floors": {"preference_accuracy": 0.3}}, ["gates.floors", "accuracy"]),
     "guard on a win rate that is not measured": (
         {"gates.not_worse": {"win_rate/champion": 0.05}},
@@ -216,7 +247,7 @@ FINE = {
     | {
         "evaluate": {"rewards": ["near_answer"], "tasks": ["mmlu"], "win_rate": True},
         "gates.floors": {"accuracy": 0.5, "reward/near_answer": -1.0, "mmlu_anatomy/acc": 0.3, "win_rate/base": 0.5},
-        "gates.not_worse": {"mmlu/acc": 0.05, "reward/near_answer": 2.0, "win_rate/champion": 0.05},
+        "gates.not_worse": {"mmlu_virology/acc": 0.05, "reward/near_answer": 2.0, "win_rate/champion": 0.05},
     },
     "better than a champion by the win rate over it": JUDGED | {"gates.metric": "win_rate/champion"},
     "win rate by a reward model of weight 0": JUDGED

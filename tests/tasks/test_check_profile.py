@@ -43,7 +43,7 @@ def test_check_asks_for_each_stages_arguments_by_its_trl_class(job):
 
 
 def test_check_of_dpo_asks_for_no_reward_but_the_scorer():
-    asked = question(load("quickstart-dpo").recipe)
+    asked = question(load("quickstart-dpo"))
     assert asked["args"]["recipe.policy"][0] == "DPOConfig"
     assert "recipe.reward_model" not in asked["args"]
     assert asked["rewards"] == ["exact_answer"]

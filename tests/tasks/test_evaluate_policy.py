@@ -83,11 +83,11 @@ def test_task_folder_that_is_not_there_is_refused_before_a_run_is_opened(folder)
 
 
 def test_tasks_and_reward_functions_are_asked_about_before_a_run_and_again_after_a_change_in_the_folder(folder):
-    asked = question(load("quickstart", [*asking(folder), "recipe.evaluate.rewards=[near_answer]"]).recipe)
+    asked = question(load("quickstart", [*asking(folder), "recipe.evaluate.rewards=[near_answer]"]))
     assert "near_answer" in asked["rewards"] and asked["tasks"]["names"] == ["mine"]
     (folder / "mine.yaml").write_text("task: other")
-    assert question(load("quickstart", asking(folder)).recipe)["tasks"] != asked["tasks"]
-    assert "tasks" not in question(load("quickstart").recipe)  # lm-eval is not even imported
+    assert question(load("quickstart", asking(folder)))["tasks"] != asked["tasks"]
+    assert "tasks" not in question(load("quickstart"))  # lm-eval is not even imported
 
 
 @pytest.mark.parametrize(
