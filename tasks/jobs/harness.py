@@ -17,6 +17,7 @@ import datasets
 import lm_eval
 from lm_eval.api.metrics import mean
 from lm_eval.api.model import LM
+from lm_eval.api.registry import get_metric_aggregation, is_higher_better
 from lm_eval.api.task import Task
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
@@ -158,9 +159,19 @@ def _by_row(entry: Entry) -> set[str] | None:
     means = [
         own["metric"]
         for own in config["metric_list"]
-        if isinstance(own.get("metric"), str) and own.get("aggregation", "mean") == "mean" and own.get("higher_is_better", True)
+        if isinstance(own.get("metric"), str) and _is_mean(own) and _is_higher_better(own)
     ]
     return {metric_name(entry.name, metric, chosen) for metric in means for chosen in filters}
+
+
+def _is_mean(metric: Row) -> bool:
+    if "aggregation" in metric:
+        return metric["aggregation"] == "mean"
+    return get_metric_aggregation(metric["metric"]) is mean
+
+
+def _is_higher_better(metric: Row) -> bool:
+    return metric.get("higher_is_better", is_higher_better(metric["metric"]) is not False)
 
 
 def _is_single(manager: TaskManager, name: str) -> bool:
