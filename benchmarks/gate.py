@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--n", type=int, nargs="+", default=[100, 200, 500, 1000, 2000])
     parser.add_argument("--runs", type=int, default=2000)
     parser.add_argument("--champion", type=float, default=0.6, help="share of items that the champion answers rightly")
-    parser.add_argument("--correlation", type=float, default=0.7, help="latent, of the two normals; 0.7 is 0.49 between right and wrong answers")
+    parser.add_argument("--correlation", type=float, default=0.7, help="latent; 0.7 is 0.49 between the answers")
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
     rng = np.random.default_rng(asked.seed)
