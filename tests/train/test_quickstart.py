@@ -196,7 +196,7 @@ def test_quickstart_plan_names_the_field_that_differs(first, home):
     done = subprocess.run(command, env=home.env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     rows = {line.split()[0]: line for line in done.stdout.splitlines() if line.strip()}
-    assert "run" in rows["grpo"] and "recipe.args.beta 0.2 → 0.3" in rows["grpo"]
+    assert "run" in rows["grpo"] and "recipe.policy.args.beta 0.2 → 0.3" in rows["grpo"]
     assert "cached" in rows["sft"] and "run" in rows["evaluate"]
 
 
@@ -293,7 +293,7 @@ def test_contract_broken_exits_3_before_any_training(first, home, tmp_path):
 
 
 def test_job_failed_exits_4_with_the_root_cause_and_no_half_artifact(first, home):
-    summary, done = home.run("quickstart", "recipe.export.max_model_len=8")
+    summary, done = home.run("quickstart", "recipe.export.max_model_len=16")  # no held-out prompt fits in 16 less 12
     assert done.returncode == summary["exit_code"] == 4
     assert "rank 0" in summary["error"] and "Log: " in summary["error"]
     exports = home.folder / ".store" / "export"
