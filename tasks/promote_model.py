@@ -35,13 +35,14 @@ def promote_model(run: PipelineRun) -> Version | State:
             registry.tag(version, release.model_dump(include={"served_at", "served_timeout_seconds"}, exclude_none=True))
             held = why_not(run.profile)
             moved = not held and champion.promote(version, champion.chosen(run))
-        record.status = "ran" if moved or held else "cached"
+        is_new = version.tags["run_id"] == run.run_id
+        record.status = "ran" if moved or is_new else "cached"
         record.notes = [told(run, version, moved, held)]
         if not held:
             served_model.assert_served(version, release.served_at, release.served_timeout_seconds)
     if record.status == "ran":
         return version
-    return Completed(name="Cached", message=f"{version} is the champion already", data=version)
+    return Completed(name="Cached", message=record.notes[0], data=version)
 
 
 def why_not(profile: Profile) -> str:
