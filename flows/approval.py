@@ -48,7 +48,7 @@ def require_approval(run: PipelineRun) -> None:
     if decision is None:
         decision = ask(run).model_dump()
         decision |= {"export": export, "run_id": run.run_id, "at": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"}
-        Variable.set(name, decision)
+        decision = kept(name, decision)
     write_json(run.folder / "approval.json", decision)
     mlflow_runs.set_tags(run.mlflow_run_id, {"approval": decision["decision"], "approval.by": decision["reviewer"]})
     mlflow_runs.set_tags(run.mlflow_run_id, {"approval.reason": decision["reason"]})
@@ -56,6 +56,16 @@ def require_approval(run: PipelineRun) -> None:
     log.info("%s", told)
     if decision["decision"] == "refuse":
         raise GateFailed(f"{told}\nTo be asked again about this very export, delete Prefect's variable {name}.")
+
+
+def kept(name: str, decision: dict[str, Any]) -> dict[str, Any]:
+    """Keep the decision, and return the one that stands: of two runs that asked about the same export, the first answer."""
+    try:
+        Variable.set(name, decision)
+    except ValueError:  # it is there by now
+        log.warning("another run asked about the same export, and was answered first: that answer stands")
+        return Variable.get(name)
+    return decision
 
 
 def ask(run: PipelineRun) -> Decision:

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from tasks.environment import refuse_full_disk
-from tasks.errors import PipelineError, RunCancelled
+from tasks.errors import MachineUnfit, PipelineError, RunCancelled
 from tasks.guard import guarded, kill_marked
 from tasks.interrupts import interrupts
 
@@ -177,12 +177,15 @@ def champion(
 @app.command()
 def promote(
     what: Annotated[str, typer.Argument(help="a run's id, or a profile's name for its newest export")],
-    force: Annotated[str | None, typer.Option(metavar="REASON", help="whatever the gates said; the reason is recorded")] = None,
+    force: Annotated[
+        str | None,
+        typer.Option(metavar="REASON", help="also of a run that was not accepted, or a release taken back; recorded"),
+    ] = None,
 ) -> None:
     """Make the export of a run that passed every gate the champion; the former champion is kept as `previous`."""
     from flows import releases
 
-    print(f"{releases.promote(what, force)} is the champion")
+    releases.promote(what, force)
 
 
 @app.command()
@@ -193,8 +196,7 @@ def rollback(
     """Make the previous release the champion again; the one taken back is not promoted again by itself."""
     from flows import releases
 
-    now, former = releases.rollback(profile, reason)
-    print(f"{now} is the champion again; taken back: {former}")
+    releases.rollback(profile, reason)
 
 
 @app.command()
@@ -321,6 +323,15 @@ def main() -> None:
         sys.exit(error.exit_code)
     except interrupts():
         sys.exit(RunCancelled.exit_code)
+    except Exception as error:
+        from tasks.attempts import cause_of
+        from tasks.failures import HICCUP
+
+        if cause_of(error) != HICCUP:
+            raise
+        text = f"MLflow or Prefect does not answer: {str(error).splitlines()[0]}"
+        print(f"{text}\nSee `posttrain doctor`; MLFLOW_TRACKING_URI and PREFECT_API_URL say where they are.", file=sys.stderr)
+        sys.exit(MachineUnfit.exit_code)
 
 
 if __name__ == "__main__":

@@ -5,14 +5,20 @@ import os
 import shlex
 import signal
 import subprocess
+import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from flows.web_pages import refuse_taken
-from profiles.schema import Profile, StagePlacement
+from profiles.schema import Placement, StagePlacement
 from tasks.artifacts import damage
+from tasks.champion import export_of
 from tasks.environment import home
 from tasks.errors import MachineUnfit, ProfileError
 from tasks.guard import guarded
@@ -50,20 +56,28 @@ class Export:
 def serve(what: str, port: int, follow: bool = False) -> None:
     """Serve an export on 127.0.0.1, print a request that works once it answers, and end it with all its processes.
 
-    With `follow`, `what` is `PROFILE@champion`, and each new champion takes the place of the one that is served, within
-    seconds and a start of vLLM. Raises ProfileError if `what` names no export, MachineUnfit if its files are not those of its
-    manifest, the port is taken or vLLM does not start.
+    With `follow`, `what` is `PROFILE@champion`, and each new champion takes the place of the one that is served, once its files
+    are verified; one that does not start gives way to the one before. A registry that does not answer changes nothing. Raises
+    ProfileError if `what` names no export, MachineUnfit if its files are not those of its manifest, the port is taken or vLLM
+    does not start.
     """
     if follow and not what.endswith(CHAMPION):
         raise ProfileError(f"--follow goes with PROFILE{CHAMPION}: {what} names one export, which never changes.")
     refuse_taken("--port", port)
-    while serve_one(what, port, follow):
-        print("another champion: serving it instead", flush=True)
+    export, before, refused = find_export(what), None, set()
+    while export is not None:
+        try:
+            export, before = serve_one(export, port, partial(newer, what, refused=refused) if follow else None), export
+        except MachineUnfit as error:
+            if before is None or not follow:
+                raise
+            print(f"{error}\n{export.names[1]} does not start: serving {before.names[1]} again", file=sys.stderr, flush=True)
+            refused.add(export.fingerprint)
+            export, before = before, None
 
 
-def serve_one(what: str, port: int, follow: bool) -> bool:
-    """Serve the export that `what` names now; return true when it names another one, false when told to stop."""
-    export = find_export(what)
+def serve_one(export: Export, port: int, next_one: Callable[[Export], Export | None] | None) -> Export | None:
+    """Serve one export until told to stop, then return None, or until `next_one` has another, then return that."""
     for number in (signal.SIGINT, signal.SIGTERM):  # the stop of the one before this ignored both
         signal.signal(number, signal.default_int_handler)
     server = start(export, port)
@@ -71,15 +85,31 @@ def serve_one(what: str, port: int, follow: bool) -> bool:
         wait_until_served(server, export, port)
         print(f"{export.names[1]} from {export.folder}\n{example(export, port)}\nCtrl-C stops it.", flush=True)
         while server.poll() is None:
-            time.sleep(FOLLOW_SECONDS if follow else POLL_SECONDS)
-            if follow and champion_of(what).fingerprint != export.fingerprint:
-                return True
+            time.sleep(FOLLOW_SECONDS if next_one else POLL_SECONDS)
+            if next_one and (found := next_one(export)):
+                print(f"another champion: serving {found.names[1]} instead", flush=True)
+                return found
         raise MachineUnfit(f"vLLM ended by itself with {server.returncode}; see {log_of(port)}")
     except KeyboardInterrupt:
         print("stopping")
-        return False
+        return None
     finally:
         stop(server)
+
+
+def newer(what: str, served: Export, refused: set[str]) -> Export | None:
+    """Return the champion's export, its files verified, if it is another one than is served; whatever fails, that one stays."""
+    try:
+        fingerprint = champion_of(what).fingerprint
+        return None if fingerprint in (served.fingerprint, *refused) else find_export(what)
+    except Exception as error:  # a registry that is away, a damaged export: no reason to end what serves
+        warn_once(f"{served.names[1]} is served on: {type(error).__name__}: {str(error).splitlines()[0]}")
+        return None
+
+
+@cache
+def warn_once(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def champion_of(what: str) -> Version:
@@ -98,7 +128,8 @@ def find_export(what: str) -> Export:
     """
     if what.endswith(CHAMPION):
         version = champion_of(what)
-        return stored(version.fingerprint, placement_of(home() / version.name / version.tags["run_id"]))
+        found = export_of(version, store())
+        return read(Path(found.path), placement_of(home() / version.name / version.tags["run_id"]))
     if (Path(what) / MANIFEST).is_file():
         return read(Path(what).resolve(), StagePlacement())
     if os.sep in what or what in (".", ".."):
@@ -123,7 +154,12 @@ def of_run(folder: Path, summary: dict[str, Any]) -> Export:
 def placement_of(run: Path) -> StagePlacement:
     """Return where a run's export was tested; the default where the run was on another machine."""
     file = run / "profile.json"
-    return Profile.model_validate_json(file.read_text()).placement.of("export") if file.is_file() else StagePlacement()
+    if not file.is_file():
+        return StagePlacement()
+    try:  # the rest of an older profile may be what this version knows no more
+        return Placement.model_validate(json.loads(file.read_text()).get("placement", {})).of("export")
+    except ValidationError as error:
+        raise MachineUnfit(f"the placement in {file} is of another version of posttrain: {error}") from None
 
 
 def stored(key: str, placement: StagePlacement) -> Export:
@@ -144,9 +180,10 @@ def read(folder: Path, placement: StagePlacement) -> Export:
             f"{folder} is not the export that was tested ({problem}), so it is not served. Run its profile again."
         )
     manifest = json.loads((folder / MANIFEST).read_text())
-    artifact, recipe = manifest["artifact"], manifest["identity"]["recipe"]
+    artifact = manifest["artifact"]
     if artifact["stage"] != "export":
         raise ProfileError(f"{folder} holds a {artifact['stage']}, which was never served and compared. Name an export.")
+    recipe = manifest["identity"]["recipe"]
     flags = shlex.split(artifact["details"]["serve"])
     return Export(
         folder, recipe["card"]["profile"], artifact["fingerprint"], flags, recipe["startup_timeout_seconds"], placement

@@ -215,10 +215,7 @@ def show_history(profile: str, rows: list[dict[str, Any]]) -> None:
 
 def show_releases(profile: str, rows: list[dict[str, Any]]) -> None:
     """Print a line per alias."""
-    if not rows:
-        console.print(f"no release of {escape(profile)} is in MLflow's registry here")
-        return
-    table = Table(box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False, title=profile, title_justify="left")
     for column in ("", "version", "export", "run", "made (UTC)", "notes"):
         table.add_column(column, overflow="fold", justify="right" if column == "version" else "left")
     for row in rows:

@@ -218,11 +218,10 @@ def _on_halt(profile: Profile) -> Iterator[str]:
 
 def _release(profile: Profile) -> Iterator[str]:
     release = profile.release
-    if not release.promote and (release.push_to_hub or release.served_at):
-        idle = "push_to_hub" if release.push_to_hub else "served_at"
+    if not release.promote and release.push_to_hub:
         yield (
-            f"release.{idle} is set but release.promote is false: the run leaves a candidate, which is neither pushed nor "
-            "served. Set promote: true, or drop it."
+            "release.push_to_hub is set but release.promote is false: the run leaves a candidate, which is not pushed. Set "
+            "promote: true, or drop it."
         )
 
 

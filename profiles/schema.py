@@ -279,7 +279,9 @@ class Release(Strict):
 
     promote: bool = Field(True, description="make it the champion; false leaves a candidate for `posttrain promote RUN`")
     served_at: str | None = Field(
-        None, pattern=r"^https?://", description="address of the server that must come to serve it, e.g. http://127.0.0.1:8000"
+        None,
+        pattern=r"^https?://[\w.\-\[\]:]*[\w\]](:\d{1,5})?/?$",
+        description="address of the server that must come to serve it, e.g. http://127.0.0.1:8000",
     )
     served_timeout_seconds: int = Field(600, gt=0)
     push_to_hub: HubRepository | None = Field(
@@ -319,6 +321,7 @@ class Budget(Strict):
     gpu_hours: float | None = Field(None, gt=0, description="time of all its jobs times the GPUs that they hold")
 
 
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 STAGES = ("prepare", "sft", "reward_model", "policy", "evaluate", "merge", "export")
 
 
@@ -343,7 +346,7 @@ class Placement(Strict):
 
 
 class Profile(Strict):
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(pattern=NAME)
     description: str
     recipe: Recipe
     drift: Drift = Drift()

@@ -39,7 +39,8 @@ def promote_model(run: PipelineRun) -> Version | State:
         record.status = "ran" if moved or is_new else "cached"
         record.notes = [told(run, version, moved, held)]
         if not held:
-            served_model.assert_served(version, release.served_at, release.served_timeout_seconds)
+            back = f"; or go back: posttrain rollback {name} --reason WHY"
+            served_model.assert_served(version, release.served_at, release.served_timeout_seconds, run.stop, back)
     if record.status == "ran":
         return version
     return Completed(name="Cached", message=record.notes[0], data=version)

@@ -5,11 +5,14 @@ store, where the version's tags find them. A registry on a server takes no local
 the folder `export` of the pipeline's MLflow run.
 """
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from profiles.schema import NAME
 from tasks.artifacts import Artifact
+from tasks.errors import ProfileError, ReleaseFailed
 from tasks.monitoring import mlflow_runs
 
 CANDIDATE, CHAMPION, PREVIOUS = "candidate", "champion", "previous"
@@ -38,8 +41,20 @@ class Version:
 def at(name: str, alias: str) -> Version | None:
     """Return the version that an alias of the profile's registered model points to, None if it points to none."""
     model = _model(name)
-    number = model and model.aliases.get(alias)
-    return number and _version(mlflow_runs.client().get_model_version(name, number))
+    return version(name, model.aliases.get(alias, "") if model else "")
+
+
+def version(name: str, number: int | str) -> Version | None:
+    """Return a version by its number; None for none. Raises ReleaseFailed for one that no run of the pipeline registered."""
+    if not number:
+        return None
+    found = _version(mlflow_runs.client().get_model_version(name, str(number)))
+    if "fingerprint" not in found.tags:
+        raise ReleaseFailed(
+            f"version {number} of {name} in MLflow's registry is of no export: someone registered it, or pointed an alias to "
+            "it, by hand. Point the alias to a version that a run has made."
+        )
+    return found
 
 
 def register(name: str, export: Artifact, mlflow_run_id: str, tags: dict[str, str]) -> Version:
@@ -56,9 +71,9 @@ def register(name: str, export: Artifact, mlflow_run_id: str, tags: dict[str, st
         own = {"stage": export.stage, "fingerprint": export.fingerprint, "digest": export.digest, "path": export.path}
         source = f"runs:/{mlflow_run_id}/{PROOF}"
         found = [client.create_model_version(name, source, mlflow_run_id, tags=own | tags)]
-    version = _version(min(found, key=lambda version: int(version.version)))
-    point(version, CANDIDATE)
-    return version
+    made = _version(min(found, key=lambda one: int(one.version)))
+    point(made, CANDIDATE)
+    return made
 
 
 def point(version: Version, alias: str) -> None:
@@ -71,12 +86,24 @@ def tag(version: Version, tags: dict[str, Any]) -> None:
         mlflow_runs.client().set_model_version_tag(version.name, str(version.number), key, mlflow_runs.clean(value)[:5000])
 
 
+def untag(version: Version, key: str) -> None:
+    if key in version.tags:
+        mlflow_runs.client().delete_model_version_tag(version.name, str(version.number), key)
+
+
 def page(version: Version) -> str:
     """Return the version's page in MLflow."""
     return f"{mlflow_runs.pages()}/#/models/{version.name}/versions/{version.number}"
 
 
+def refuse_name(name: str) -> None:
+    """Raise ProfileError for what cannot be a profile's name: a path, or signs that MLflow's search takes for its own."""
+    if not re.fullmatch(NAME, name):
+        raise ProfileError(f"{name!r} is no profile's name. Give the `name:` that stands in the profile.")
+
+
 def _model(name: str) -> Any | None:
+    refuse_name(name)
     return next(iter(mlflow_runs.client().search_registered_models(f"name = '{name}'")), None)
 
 

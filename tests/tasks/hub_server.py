@@ -15,6 +15,16 @@ FOLDER, TOKEN = Path(sys.argv[1]), sys.argv[2]
 LFS: dict[str, bytes] = {}
 
 
+def files(name: str) -> list[str]:
+    return sorted(path.name for path in (FOLDER / name).iterdir() if not path.name.startswith("."))
+
+
+def head(name: str) -> str:
+    """The newest commit: its number, in 40 digits."""
+    commits = FOLDER / name / ".commits"
+    return f"{len(commits.read_text()) if commits.exists() else 0:040d}"
+
+
 class Handler(BaseHTTPRequestHandler):
     """Answers what `create_repo` and `upload_folder` of huggingface_hub ask."""
 
@@ -25,8 +35,10 @@ class Handler(BaseHTTPRequestHandler):
         if self.path == "/api/repos/create":
             asked = json.loads(body)
             name = f"{asked['organization']}/{asked['name']}" if asked.get("organization") else asked["name"]
-            (FOLDER / name).mkdir(parents=True, exist_ok=True)
-            (FOLDER / name / ".visibility").write_text(asked["visibility"])
+            folder = FOLDER / name
+            if not (folder / ".visibility").exists():  # the hub changes nothing of a repository that is there
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / ".visibility").write_text(asked["visibility"])
             return self.answer({"url": f"{self.here()}/{name}"})
         if self.path == "/api/validate-yaml":
             return self.answer({"errors": [], "warnings": []})
@@ -52,9 +64,16 @@ class Handler(BaseHTTPRequestHandler):
         self.answer({})
 
     def do_GET(self) -> None:
+        name = "/".join(self.path.split("/api/models/")[1].split("/")[:2])
         if "/tree/" in self.path:
-            return self.answer([])
-        self.answer({"id": "x", "sha": "0" * 40, "siblings": [], "private": True})
+            return self.answer([{"type": "file", "path": path, "size": 1, "oid": "0" * 40} for path in files(name)])
+        if self.headers.get("Authorization") != f"Bearer {TOKEN}":
+            return self.answer({"error": "Invalid credentials in Authorization header"}, 401)
+        if not (FOLDER / name / ".visibility").exists():
+            return self.answer({"error": "Repository not found"}, 404)
+        is_private = (FOLDER / name / ".visibility").read_text() == "private"
+        siblings = [{"rfilename": path} for path in files(name)]
+        self.answer({"id": name, "sha": head(name), "siblings": siblings, "private": is_private})
 
     def commit(self, name: str, body: bytes) -> None:
         for line in map(json.loads, body.splitlines()):
@@ -63,7 +82,11 @@ class Handler(BaseHTTPRequestHandler):
                 self.write(name, value["path"], base64.b64decode(value["content"]))
             elif line["key"] == "lfsFile":
                 self.write(name, value["path"], LFS[value["oid"]])
-        self.answer({"success": True, "commitOid": "c" * 40, "commitUrl": f"{self.here()}/{name}/commit/{'c' * 40}"})
+            elif line["key"] == "deletedFile":
+                (FOLDER / name / value["path"]).unlink()
+        with (FOLDER / name / ".commits").open("a") as commits:
+            commits.write("c")
+        self.answer({"success": True, "commitOid": head(name), "commitUrl": f"{self.here()}/{name}/commit/{head(name)}"})
 
     def write(self, name: str, path: str, data: bytes) -> None:
         file = FOLDER / name / path

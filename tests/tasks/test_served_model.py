@@ -2,13 +2,14 @@
 
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 
 import pytest
 
-from tasks.errors import ReleaseFailed
+from tasks.errors import ReleaseFailed, RunCancelled
 from tasks.monitoring.registry import Version
-from tasks.served_model import assert_served, models_at
+from tasks.served_model import ask, assert_served, models_at
 
 SERVER = """
 import json, sys
@@ -59,8 +60,31 @@ def test_server_of_another_export_is_named_with_what_it_serves(serving):
 
 def test_server_that_does_not_answer_serves_nothing():
     assert models_at("http://127.0.0.1:9") == []
-    with pytest.raises(ReleaseFailed, match="still serves nothing"):
+    with pytest.raises(ReleaseFailed, match="does not list what it serves .ConnectError"):
         assert_served(VERSION, "http://127.0.0.1:9", 0)
+
+
+@pytest.mark.parametrize("address", ["http://host:port", "http://[::1", "nowhere"])
+def test_address_that_is_none_lists_nothing_and_says_why(address):
+    names, why = ask(address)
+    assert names == [] and "does not list" in why
+
+
+def test_server_that_answers_otherwise_is_named_with_its_answer(serving):
+    names, why = ask(f"{serving('mine@abc')}/v1")
+    assert names == [] and "404" in why
+
+
+def test_server_on_this_machine_is_not_asked_through_a_proxy(serving, monkeypatch):
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    assert models_at(serving("mine@abc")) == ["mine@abc"]
+
+
+def test_run_that_is_stopped_waits_for_no_server():
+    stop = threading.Event()
+    stop.set()
+    with pytest.raises(RunCancelled, match="is the champion"):
+        assert_served(VERSION, "http://127.0.0.1:9", 600, stop)
 
 
 def test_without_an_address_nobody_is_asked():
