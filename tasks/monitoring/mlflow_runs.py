@@ -47,12 +47,15 @@ def pages() -> str:
     return uri if uri.startswith("http") else LOCAL_UI
 
 
-@cache
 def client():
-    """Return this process's client of the tracker and its model registry; a local database is made first if there is none."""
+    """Return the client of the tracker and its model registry; a local database is made first if there is none."""
+    return _client(tracking_uri())
+
+
+@cache
+def _client(uri: str):
     from mlflow import MlflowClient
 
-    uri = tracking_uri()
     if not uri.startswith("sqlite:///"):
         return MlflowClient(uri)
     folder = Path(uri.removeprefix("sqlite:///")).parent

@@ -68,21 +68,17 @@ def test_sparkline_goes_from_the_lowest_block_to_the_highest():
 
 def test_history_is_the_profiles_own_runs_the_oldest_first(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
-    mlflow_runs.client.cache_clear()
-    try:
-        for number, tags in enumerate([{"accepted": "true"}, {"error": "DriftHalted"}]):
-            own = {"profile": "mine", "run_id": f"run-{number}", "policy.fingerprint": "p"}
-            run_id = mlflow_runs.open_run("mine", f"run-{number}", own | tags)
-            mlflow_runs.log_scalars(run_id, {"canary/reward": float(number)})
-            mlflow_runs.open_run("mine", "grpo", {"stage": "grpo"}, run_id)
-        rows = history("mine", 10)
-        assert [(row["run"], row["verdict"], row["canary/reward"]) for row in rows] == [
-            ("run-0", "accepted", 0.0),
-            ("run-1", "DriftHalted", 1.0),
-        ]
-        assert [row["run"] for row in history("mine", 1)] == ["run-1"]
-        assert history("nobody's", 10) == []
-        assert [past["tags"]["run_id"] for past in mlflow_runs.accepted_runs("mine", but="q")] == ["run-0"]
-        assert mlflow_runs.accepted_runs("mine", but="p") == []
-    finally:
-        mlflow_runs.client.cache_clear()
+    for number, tags in enumerate([{"accepted": "true"}, {"error": "DriftHalted"}]):
+        own = {"profile": "mine", "run_id": f"run-{number}", "policy.fingerprint": "p"}
+        run_id = mlflow_runs.open_run("mine", f"run-{number}", own | tags)
+        mlflow_runs.log_scalars(run_id, {"canary/reward": float(number)})
+        mlflow_runs.open_run("mine", "grpo", {"stage": "grpo"}, run_id)
+    rows = history("mine", 10)
+    assert [(row["run"], row["verdict"], row["canary/reward"]) for row in rows] == [
+        ("run-0", "accepted", 0.0),
+        ("run-1", "DriftHalted", 1.0),
+    ]
+    assert [row["run"] for row in history("mine", 1)] == ["run-1"]
+    assert history("nobody's", 10) == []
+    assert [past["tags"]["run_id"] for past in mlflow_runs.accepted_runs("mine", but="q")] == ["run-0"]
+    assert mlflow_runs.accepted_runs("mine", but="p") == []

@@ -13,14 +13,6 @@ from tasks.monitoring import mlflow_runs, registry
 from tasks.pipeline_run import CLOSED, PipelineRun, StageRecord, store
 
 
-@pytest.fixture(autouse=True)
-def _own_registry():
-    """The client of a process is that of its first home folder."""
-    mlflow_runs.client.cache_clear()
-    yield
-    mlflow_runs.client.cache_clear()
-
-
 def artifact(stage: str, key: str) -> Artifact:
     with store().staging(stage, key) as staged:
         (staged / "model.safetensors").write_text(f"{stage} {key}")

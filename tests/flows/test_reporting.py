@@ -116,10 +116,8 @@ def test_row_that_is_missing_or_there_twice_is_an_error(tmp_path):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """One MLflow database for this file; the client is kept for a process's life, so let it go."""
-    mlflow_runs.client.cache_clear()
-    yield tmp_path_factory.mktemp("home")
-    mlflow_runs.client.cache_clear()
+    """One MLflow database for this file."""
+    return tmp_path_factory.mktemp("home")
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -51,12 +50,10 @@ def database(tmp_path_factory) -> str:
 
 
 @pytest.fixture
-def name(database: str, monkeypatch, request) -> Iterator[str]:
+def name(database: str, monkeypatch, request) -> str:
     """The name of the test's own model in a real registry."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", database)
-    mlflow_runs.client.cache_clear()
-    yield f"model-{abs(hash(request.node.name))}"
-    mlflow_runs.client.cache_clear()
+    return f"model-{abs(hash(request.node.name))}"
 
 
 @pytest.fixture

@@ -11,10 +11,8 @@ from tasks.monitoring import mlflow_runs
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """One database for this file: making one takes some seconds. The client is kept for a process's life, so let it go."""
-    mlflow_runs.client.cache_clear()
-    yield tmp_path_factory.mktemp("mlflow")
-    mlflow_runs.client.cache_clear()
+    """One database for this file: making one takes some seconds."""
+    return tmp_path_factory.mktemp("mlflow")
 
 
 @pytest.fixture
