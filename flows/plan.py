@@ -128,7 +128,8 @@ def named(line: str, stage: str) -> str:
     top = rest.split(".")[0]
     if head != "recipe" or top == "seed":
         return line
-    shared = {"dtype": "recipe.base_model.dtype", "base_digest": "recipe.base_model"}
+    dtype = "recipe.export.dtype" if stage in ("merge", "export") else "recipe.base_model.dtype"
+    shared = {"dtype": dtype, "base_digest": "recipe.base_model"}
     block = f"datasets.{stage.removeprefix('validate-')}" if stage.startswith("validate-") else BLOCKS.get(stage, "policy")
     return f"{shared.get(top, f'recipe.{block}.{rest}')} {changed}"
 

@@ -222,6 +222,9 @@ class Generation(Strict):
 class Export(Strict):
     """What plain `vllm serve` loads, and how the served model is compared with the trained one."""
 
+    dtype: Literal["float32", "bfloat16"] | None = Field(
+        None, description="of the merged weights; null: recipe.base_model.dtype. bfloat16 can round a small update away"
+    )
     generation: Generation = Generation()
     max_model_len: int = Field(1024, gt=0)
     num_probes: int = Field(16, gt=0)

@@ -7,7 +7,7 @@ from profiles.schema import Profile
 from tasks.artifacts import Artifact
 from tasks.build import Stage, build
 from tasks.pipeline_run import PipelineRun
-from tasks.stage_config import with_model
+from tasks.stage_config import with_release
 
 
 @task(task_run_name="export", tags=["stage:export"], cache_policy=NO_CACHE, persist_result=False)
@@ -37,6 +37,6 @@ def export_stage(
             "held-out rows": rows.digest,
         },
     }
-    config = with_model(profile.recipe, base, **profile.recipe.export.model_dump(), card=card)
+    config = with_release(profile.recipe, base, **profile.recipe.export.model_dump(exclude={"dtype"}), card=card)
     inputs = {"base_model": base, "policy": policy, "merge": merged, "rows": rows}
     return Stage("export", "tasks.jobs.export", config, inputs, profile.recipe.seed)

@@ -7,7 +7,7 @@ from profiles.schema import Profile
 from tasks.artifacts import Artifact
 from tasks.build import Stage, build
 from tasks.pipeline_run import PipelineRun
-from tasks.stage_config import with_model
+from tasks.stage_config import with_release
 
 
 @task(task_run_name="merge", tags=["stage:merge"], cache_policy=NO_CACHE, persist_result=False)
@@ -18,4 +18,4 @@ def merge_lora(run: PipelineRun, base: Artifact, policy: Artifact) -> Artifact |
 
 def merge_stage(profile: Profile, base: Artifact, policy: Artifact) -> Stage:
     inputs = {"base_model": base, "policy": policy}
-    return Stage("merge", "tasks.jobs.merge", with_model(profile.recipe, base), inputs, profile.recipe.seed)
+    return Stage("merge", "tasks.jobs.merge", with_release(profile.recipe, base), inputs, profile.recipe.seed)

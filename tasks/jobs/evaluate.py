@@ -23,7 +23,7 @@ from tasks.job_spec import JobResult, JobSpec
 from tasks.jobs import without_vllm  # noqa: F401
 from tasks.jobs.answers import SEED, generate, log_probabilities, samples, scores_of, slices
 from tasks.jobs.job import done, run
-from tasks.jobs.models import load_base, load_reward_model, load_tokenizer, load_whole, on_cpu, own_dtype, tokenizer_of
+from tasks.jobs.models import load_base, load_released, load_reward_model, load_tokenizer, on_cpu, tokenizer_of
 from tasks.jobs.parity import digest
 from tasks.jobs.rewards import find_reward
 from tasks.jobs.training import rows
@@ -102,9 +102,9 @@ def load_speakers(spec: JobSpec) -> list[Speaker]:
     sft = spec.inputs.get("sft")
     model = in_place(PeftModel.from_pretrained(base, sft, adapter_name="sft") if sft else base)
     speakers = [Speaker(name, model, tokenizer) for name in ("base", *(["sft"] if sft else []))]
-    speakers.append(Speaker("policy", in_place(load_whole(spec.inputs["merge"], spec.config["dtype"])), tokenizer))
+    speakers.append(Speaker("policy", in_place(load_released(spec.inputs["merge"])), tokenizer))
     if folder := spec.inputs.get("champion"):
-        speakers.append(Speaker("champion", in_place(load_whole(folder, own_dtype(folder))), tokenizer_of(folder)))
+        speakers.append(Speaker("champion", in_place(load_released(folder)), tokenizer_of(folder)))
     return speakers
 
 

@@ -18,7 +18,7 @@ from tasks.job_spec import JobResult, JobSpec
 from tasks.jobs import parity, served, vllm_cpu
 from tasks.jobs.answers import encoded
 from tasks.jobs.job import done, run
-from tasks.jobs.models import load_base, load_tokenizer, on_cpu
+from tasks.jobs.models import load_base, load_released, load_tokenizer, on_cpu
 from tasks.jobs.training import rows
 
 WEIGHTS = ("model*.safetensors", "model.safetensors.index.json")
@@ -26,6 +26,10 @@ TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "voca
 OURS = ("manifest.json", "certificate.json")  # the merge's own, not for a server
 GENERATION = "generation_config.json"
 SETTINGS = ("config.json", "tokenizer_config.json")
+WAYS_OUT = {
+    "bfloat16": "Set recipe.export.dtype: float32, or train further: a larger update rounds less.",
+    "float32": "Train further: the update is as small as float32's own rounding.",
+}
 TEMPLATES = "additional_chat_templates"  # of a tokenizer with several
 
 
@@ -47,7 +51,9 @@ def main(spec: JobSpec) -> JobResult:
     proof = spec.work / "parity.json"  # kept there too: of a failed export nothing else is left
     proof.write_text(json.dumps(summary | {"probes": probes}, indent=1))
     if why := summary["failures"]:
-        raise RuntimeError(f"the served export is not the trained policy: {why[0]} (1 of {len(why)}, all in {proof})")
+        raise RuntimeError(
+            f"the served export is not the trained policy: {why[0]} (1 of {len(why)}, all in {proof}). {whence(spec, probes)}"
+        )
     shutil.copy2(proof, spec.output / "parity.json")
     metrics = {name: float(value) for name, value in summary.items() if isinstance(value, int | float)}
     return done(metrics, serve=" ".join(served.flags(spec)), chat_template=parity.digest(tokenizer.chat_template))
@@ -141,7 +147,7 @@ def wrong_settings(spec: JobSpec, tokenizer: PreTrainedTokenizerBase) -> list[st
         if written.get(name) != wanted.get(name):
             wrong.append(f"{GENERATION} says {name} {written.get(name)!r} where the profile says {wanted.get(name)!r}.")
     if (dtype := config.get("dtype", config.get("torch_dtype"))) != spec.config["dtype"]:
-        wrong.append(f"config.json says dtype {dtype!r} where recipe.base_model.dtype is {spec.config['dtype']!r}.")
+        wrong.append(f"config.json says dtype {dtype!r} where the profile asks for {spec.config['dtype']!r}.")
     for name in SETTINGS:
         if "auto_map" in json.loads((spec.output / name).read_text()):
             wrong.append(f"{name} has auto_map: loading it would run code that comes with the model.")
@@ -176,6 +182,22 @@ def read_by_policy(
             found = parity.judged(logits, of_base, answer, [tokenizer.eos_token_id])
             probes.append({"prompt": prompt} | answer | {"rendered_ids": rendered} | found)
     return probes
+
+
+def whence(spec: JobSpec, probes: list[dict[str, Any]]) -> str:
+    """Return whether the server or the merge's rounding is why the served probabilities are not the policy's, and a way out."""
+    model, errors, dtype = load_released(str(spec.output)).eval(), [], spec.config["dtype"]
+    with torch.inference_mode():
+        for probe in probes:
+            prompt, answer = probe["prompt_ids"], torch.tensor(probe["ids"], dtype=torch.long)
+            logits = model(torch.tensor([prompt + probe["ids"]])).logits[0, len(prompt) - 1 : -1].double()
+            merged = torch.log_softmax(logits, -1).gather(-1, answer[:, None])[:, 0]
+            errors += (torch.tensor(probe["logps"], dtype=torch.double) - merged).abs().tolist()
+    factor = parity.mean_factor(errors)
+    found = f"What is served and the merged checkpoint, read by transformers, differ by a factor of {factor:.4f}"
+    if not factor < parity.mean_factor([error for probe in probes for error in probe["errors"]]):
+        return f"{found}: vLLM loads or computes it in another way."
+    return f"{found}: what is lost is lost by the merge's rounding to {dtype}. {WAYS_OUT[dtype]}"
 
 
 def model_card(spec: JobSpec) -> str:

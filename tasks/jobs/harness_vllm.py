@@ -24,7 +24,7 @@ def measure(tasks: Tasks, spec: JobSpec, chat: bool) -> dict[str, Measured]:
     found = {}
     with whole_models(spec) as models:
         for name, (folder, tokenizer) in models.items():
-            dtype = own_dtype(folder) if name == "champion" else spec.config["dtype"]
+            dtype = own_dtype(folder) if name in ("policy", "champion") else spec.config["dtype"]
             with engine(folder, tokenizer, dtype, spec.seed) as model:
                 found[name] = run_tasks(tasks, model, spec.config, seed=spec.seed, chat=chat)
     return found

@@ -122,7 +122,7 @@ def assert_agreement(logits: dict[str, float], limits: dict[str, float]) -> None
     if not logits["kl_mean"] < logits["kl_mean_of_base"]:
         raise RuntimeError(
             f"the merged checkpoint is as far from the policy as the base: {logits['kl_mean']:.3g} nats per token on the "
-            f"probes, and {logits['kl_mean_of_base']:.3g}. What was trained is lost in rounding: set recipe.base_model.dtype: "
+            f"probes, and {logits['kl_mean_of_base']:.3g}. What was trained is lost in rounding: set recipe.export.dtype: "
             "float32, or train further."
         )
 

@@ -51,8 +51,13 @@ def load_base(spec: JobSpec) -> PreTrainedModel:
 
 
 def own_dtype(folder: str) -> str:
-    """Return the dtype that an export was released with."""
+    """Return the dtype that a model was merged in, or released with."""
     return str(AutoConfig.from_pretrained(folder).dtype or "float32").removeprefix("torch.")
+
+
+def load_released(folder: str) -> PreTrainedModel:
+    """Return a merged or released model in its own dtype."""
+    return load_whole(folder, own_dtype(folder))
 
 
 def load_whole(folder: str, dtype: str) -> PreTrainedModel:

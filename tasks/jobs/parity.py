@@ -55,7 +55,7 @@ def verdict(probes: list[dict[str, Any]], dtype: str) -> dict[str, Any]:
     """
     margin, failures = TIE_MARGIN[dtype], []
     gaps = [gap for probe in probes for gap in probe["gaps"]]
-    error, base_error = (_mean_factor([e for probe in probes for e in probe[name]]) for name in ("errors", "base_errors"))
+    error, base_error = (mean_factor([e for probe in probes for e in probe[name]]) for name in ("errors", "base_errors"))
     if not gaps:
         failures.append(f"{len(probes)} probes were answered with no token at all: nothing was compared")
     for number, probe in enumerate(probes):
@@ -113,7 +113,7 @@ def digest(template: str | dict[str, str] | None) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _mean_factor(errors: list[float]) -> float:
+def mean_factor(errors: list[float]) -> float:
     """Return the mean of exp|error|; a probability of 0 on one side, which vLLM writes as -9999 nats, counts as e^50."""
     return _mean([math.exp(min(error, 50.0)) if error == error else math.nan for error in errors])
 

@@ -264,6 +264,20 @@ def test_server_that_samples_otherwise_by_default_is_named():
     )
 
 
+@pytest.mark.parametrize(("shift", "reason"), [(0.0, "merge's rounding to float32"), (-1.0, "computes it in another way")])
+def test_failure_says_whether_the_server_or_the_merge_is_why(shift, reason, exported):
+    """What is served is the merged checkpoint's, or further from it than from the policy."""
+    from tasks.jobs.export import whence
+    from tasks.jobs.models import load_released
+
+    job, _ = exported
+    prompt, ids = [5, 6], [7, 8]
+    logits = load_released(str(job.output)).eval()(torch.tensor([prompt + ids])).logits[0, 1:-1].double()
+    logps = torch.log_softmax(logits, -1).gather(-1, torch.tensor(ids)[:, None])[:, 0].detach() + shift
+    probes = [{"prompt_ids": prompt, "ids": ids, "logps": logps.tolist(), "errors": [0.5, 0.5]}]
+    assert reason in whence(job, probes)
+
+
 # --- really served -----------------------------------------------------------------------------------------------------------
 
 

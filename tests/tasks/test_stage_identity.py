@@ -76,6 +76,13 @@ def test_identity_does_not_hold_where_a_stage_runs_or_how_it_is_judged(stage, ov
     assert key(stage, *overrides) == key(stage)
 
 
+def test_dtype_of_the_release_is_the_merges_and_the_exports_alone(key):
+    asked = "recipe.export.dtype=bfloat16"
+    assert load("quickstart").recipe.base_model.dtype == "float32"
+    assert {stage for stage in STAGES if key(stage, asked) != key(stage)} == {"merge", "export"}
+    assert key("merge", "recipe.export.dtype=float32") == key("merge")
+
+
 def with_other_canaries(*overrides: str) -> tuple[Stage, Stage]:
     """The policy's stage, judged on some held-out rows and on others."""
     profile = load("quickstart", [*CHECKPOINTS, *overrides])
