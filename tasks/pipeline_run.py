@@ -1,6 +1,8 @@
 """One run of the pipeline: where its files are, and what each of its stages came to."""
 
+import contextlib
 import json
+import logging
 import os
 import socket
 import threading
@@ -8,7 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +20,8 @@ from tasks.environment import home
 from tasks.monitoring import mlflow_runs
 from tasks.remote_store import RemoteStore
 
+log = logging.getLogger("posttrain")
+CLOCK_SLACK = timedelta(minutes=1)
 PROCESS = "process.json"
 CLOSED = "closed"  # the last thing a run writes; without it, a run whose process is gone is swept
 WAITING = "waiting"  # the run was suspended for an approval: it has no process, and is not dead
@@ -68,11 +72,15 @@ class PipelineRun:
         return folder
 
     def record(self, record: StageRecord) -> None:
-        """Keep what became of a stage on disk, so that any process of the run can add to the summary."""
+        """Keep what became of a stage on disk, so that any process of the run can add to the summary.
+
+        Files are numbered, not timed: of two attempts the later one counts, also where the clock was set back between them.
+        """
         done = self.folder / "stages"
         with disk_errors(self.folder):
             done.mkdir(exist_ok=True)
-            write_json(done / f"{time.time_ns()}-{record.stage}.json", asdict(record))
+            number = 1 + max((int(path.name.split("-")[0]) for path in done.glob("*.json")), default=0)
+            write_json(done / f"{number:04}-{record.stage}.json", asdict(record))
 
     def records(self) -> list[StageRecord]:
         """Return the stages so far, in the order in which they ended."""
@@ -87,7 +95,7 @@ def store() -> Store:
 
 def open_pipeline_run(profile: Profile, flow_run_id: str) -> PipelineRun:
     """Make the run's folder, named by the time so that folders sort, and its parent run in MLflow."""
-    run_id = f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{os.urandom(2).hex()}"
+    run_id = f"{_after_all_others(profile.name):%Y%m%d-%H%M%S}-{os.urandom(2).hex()}"
     mlflow_run_id = mlflow_runs.open_run(profile.name, run_id, {"run_id": run_id, "profile": profile.name})
     folder = home() / profile.name / run_id
     run = PipelineRun(profile, run_id, folder, mlflow_run_id, flow_run_id)
@@ -96,6 +104,19 @@ def open_pipeline_run(profile: Profile, flow_run_id: str) -> PipelineRun:
         write_json(folder / "profile.json", profile.model_dump(mode="json"))
         _claim(run)
     return run
+
+
+def _after_all_others(profile: str) -> datetime:
+    """Return the time, or the second after the newest run's where the clock was set back: the newest is what is served."""
+    now, newest = datetime.now(UTC).replace(microsecond=0), datetime.min.replace(tzinfo=UTC)
+    for folder in (home() / profile).glob(f"*/{PROCESS}"):
+        with contextlib.suppress(ValueError):
+            newest = max(newest, datetime.strptime(folder.parent.name[:15], "%Y%m%d-%H%M%S").replace(tzinfo=UTC))
+    if newest < now:
+        return now
+    if newest - now > CLOCK_SLACK:
+        log.warning("the clock says %s, and the newest run of %s is of %s: this one is named after it", now, profile, newest)
+    return newest + timedelta(seconds=1)
 
 
 def suspended_run(flow_run_id: str) -> PipelineRun | None:

@@ -2,8 +2,11 @@
 
 import json
 import os
+import random
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,7 @@ import pytest
 from tasks.artifacts import MANIFEST, Artifact, Store, hub_model, local_model
 from tasks.errors import MachineUnfit, ProfileError
 
+PROJECT = Path(__file__).resolve().parents[2]
 KEY = "0123456789ab"
 IDENTITY = {"stage": "sft", "recipe": {"seed": 1}}
 
@@ -156,6 +160,42 @@ def test_two_builds_of_one_key_at_once_both_return_the_first(store):
     assert second == first
     assert (store.find("sft", KEY) / "adapter.safetensors").read_text() == "sooner"
     assert [p.name for p in (store.root / "sft").iterdir()] == [KEY]
+
+
+BUILDER = """
+import sys, time
+from pathlib import Path
+from tasks.artifacts import Artifact, Store
+store = Store(Path(sys.argv[1]))
+print("ready", flush=True)
+for number in range(10_000):
+    with store.staging("sft", str(number)) as staged:
+        for name in "abcd":
+            (staged / name).write_bytes(bytes([number % 256]) * 50_000)
+        store.commit(staged, Artifact("sft", str(staged), str(number), ""), {"number": number})
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_builder_killed_at_any_moment_leaves_whole_artifacts_only(number, store, caplog):
+    """Also in the middle of the rename: what has its name is whole, and what is not is built anew."""
+    rng = random.Random(1)
+    for _ in range(12):
+        builder = subprocess.Popen(
+            [sys.executable, "-c", BUILDER, str(store.root)], cwd=PROJECT, stdout=subprocess.PIPE, text=True
+        )
+        assert builder.stdout.readline() == "ready\n"
+        time.sleep(rng.uniform(0, 0.1))
+        builder.send_signal(number)
+        builder.communicate()
+        assert builder.returncode == -number
+    built = sorted((path.name for path in store.root.glob("sft/[!.]*")), key=int)
+    assert len(built) > 20
+    for key in built:
+        found = store.find("sft", key)
+        assert found is not None and (found / "d").read_bytes() == bytes([int(key) % 256]) * 50_000
+    assert "damaged" not in caplog.text
+    assert store.find("sft", str(int(built[-1]) + 1)) is None
 
 
 def test_commit_of_an_identity_without_canonical_form_is_refused_and_leaves_nothing(store):
