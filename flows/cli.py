@@ -35,17 +35,17 @@ def run(
     wait: Annotated[bool, typer.Option("--wait", help="with --deployment: wait, and exit with the run's own code")] = False,
 ) -> None:
     """Take a profile to an export that vLLM serves; stages whose work is in the store are not run again."""
+    if wait and not deployment:
+        raise typer.BadParameter("--wait goes with --deployment: a run here is always waited for")
+    if not deployment and GUARDED not in os.environ:
+        sys.exit(_run_guarded())  # before anything is imported here: the guarded process imports it all
     from flows import terminal
     from tasks.check_profile import load_profile
 
     load_profile(profile, overrides)  # a wrong setting must not cost the start of a server
     if deployment:
         sys.exit(_run_there(deployment, profile, overrides, wait))
-    if wait:
-        raise typer.BadParameter("--wait goes with --deployment: a run here is always waited for")
     refuse_full_disk()
-    if GUARDED not in os.environ:
-        sys.exit(_run_guarded())
     with terminal.attached():
         stop: PipelineError | None = None
         try:
