@@ -15,7 +15,7 @@ from tasks.stage_config import with_model
 from tasks.train_policy import judge
 
 
-@task(task_run_name="evaluate", tags=["stage:evaluate"], cache_policy=NO_CACHE, persist_result=False)
+@task(task_run_name="evaluate", cache_policy=NO_CACHE, persist_result=False)
 def evaluate_policy(
     run: PipelineRun,
     base: Artifact,

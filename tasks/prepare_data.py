@@ -13,7 +13,7 @@ from tasks.errors import ProfileError
 from tasks.pipeline_run import PipelineRun
 
 
-@task(task_run_name="prepare", tags=["stage:prepare"], cache_policy=NO_CACHE, persist_result=False)
+@task(task_run_name="prepare", cache_policy=NO_CACHE, persist_result=False)
 def prepare_data(run: PipelineRun, base: Artifact | None) -> Artifact | State:
     """Return what `tasks.jobs.make_<maker>` makes; `base` is the model it samples from, if it does.
 

@@ -19,7 +19,7 @@ from tasks.pipeline_run import PipelineRun, recorded, write_json
 log = logging.getLogger("posttrain")
 
 
-@task(task_run_name="promote", tags=["stage:promote"], cache_policy=NO_CACHE, persist_result=False)
+@task(task_run_name="promote", cache_policy=NO_CACHE, persist_result=False)
 def promote_model(run: PipelineRun) -> Version | State:
     """Return the version of the run's export, the champion from now on; as a Prefect state named Cached if it was that before.
 

@@ -20,7 +20,7 @@ SECRET = "hf-token"
 log = logging.getLogger("posttrain")
 
 
-@task(task_run_name="push", tags=["stage:push"], cache_policy=NO_CACHE, persist_result=False)
+@task(task_run_name="push", cache_policy=NO_CACHE, persist_result=False)
 def push_to_hub(run: PipelineRun, version: Version) -> str:
     """Return the hub's commit of this version, made if it is not there yet; the version's tags remember it.
 

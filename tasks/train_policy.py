@@ -13,7 +13,7 @@ from tasks.pipeline_run import PipelineRun
 from tasks.stage_config import with_model
 
 
-@task(task_run_name="{run.profile.recipe.policy.method}", tags=["stage:policy"], cache_policy=NO_CACHE, persist_result=False)
+@task(task_run_name="{run.profile.recipe.policy.method}", cache_policy=NO_CACHE, persist_result=False)
 def train_policy(
     run: PipelineRun,
     base: Artifact,

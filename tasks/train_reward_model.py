@@ -10,7 +10,7 @@ from tasks.pipeline_run import PipelineRun
 from tasks.stage_config import with_model
 
 
-@task(task_run_name="reward_model", tags=["stage:reward_model"], cache_policy=NO_CACHE, persist_result=False)
+@task(task_run_name="reward_model", cache_policy=NO_CACHE, persist_result=False)
 def train_reward_model(run: PipelineRun, base: Artifact, pairs: Artifact) -> Artifact | State:
     """Return the reward model, a stand-alone checkpoint with one logit. Raises JobFailed with the root cause."""
     return build(run, reward_model_stage(run.profile, base, pairs), run.profile.placement.of("reward_model"))

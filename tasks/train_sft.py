@@ -10,7 +10,7 @@ from tasks.pipeline_run import PipelineRun
 from tasks.stage_config import with_model
 
 
-@task(task_run_name="sft", tags=["stage:sft"], cache_policy=NO_CACHE, persist_result=False)
+@task(task_run_name="sft", cache_policy=NO_CACHE, persist_result=False)
 def train_sft(run: PipelineRun, base: Artifact, data: Artifact) -> Artifact | State:
     """Return the SFT adapter. Raises JobFailed with the root cause and the log's path."""
     return build(run, sft_stage(run.profile, base, data), run.profile.placement.of("sft"))

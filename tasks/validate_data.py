@@ -28,7 +28,7 @@ from tasks.token_facts import Tokens, uses_of
 log = logging.getLogger("posttrain")
 
 
-@task(task_run_name="validate-{name}", tags=["stage:validate"], cache_policy=NO_CACHE, persist_result=False)
+@task(task_run_name="validate-{name}", cache_policy=NO_CACHE, persist_result=False)
 def validate_data(
     run: PipelineRun, name: str, made: Artifact | None, base: Artifact, held_out: Artifact | None
 ) -> Artifact | State:
