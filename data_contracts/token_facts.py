@@ -25,5 +25,6 @@ TOKEN_FACTS = {
     "dpo": (*_TRAINED, "differs"),
     "kto": _TRAINED,
     "grpo": (*_TEXT, "has_room"),
+    "rloo": (*_TEXT, "has_room"),
     "evaluate": (*_TEXT, "has_room"),
 }

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from profiles.schema import STAGES, Grpo, Profile, Recipe
+from profiles.schema import METHODS, STAGES, Profile, Recipe
 from tasks.artifacts import Artifact
 from tasks.build import Stage
 from tasks.champion import find_opponent
@@ -40,7 +40,7 @@ def plan(profile: Profile) -> list[dict[str, Any]]:
     sft = look.stage("sft", sft_stage, base, data["sft"]) if recipe.sft else None
     pairs = data.get("preference")
     reward_model = look.stage("reward_model", reward_model_stage, base, pairs) if recipe.reward_model else None
-    rows = data["prompts" if isinstance(recipe.policy, Grpo) else "preference"]
+    rows = data[recipe.policy.rows]
     needed = [a for a, there in ((sft, recipe.sft), (reward_model, recipe.reward_model)) if there]
     policy = look.stage(
         recipe.policy.method, policy_stage, base, sft, rows, reward_model, held_out, needed=[base, rows, *needed]
@@ -63,9 +63,9 @@ def plan(profile: Profile) -> list[dict[str, Any]]:
 
 def wanted_datasets(recipe: Recipe) -> list[str]:
     """Return the training datasets that some stage of the recipe reads; the others are not even validated."""
-    wanted = {"sft": recipe.sft, "preference": recipe.reward_model, "prompts": None}
-    wanted["prompts" if isinstance(recipe.policy, Grpo) else "preference"] = recipe.policy
-    return [name for name, reader in wanted.items() if reader]
+    readers = {"sft": recipe.sft, "preference": recipe.reward_model, "unpaired": None, "prompts": None}
+    readers[recipe.policy.rows] = recipe.policy
+    return [name for name, reader in readers.items() if reader]
 
 
 @dataclass
@@ -82,7 +82,7 @@ class _Lookup:
         if any(a is None for a in asked):
             return self._add(name, None, ["an input of it would be built first"])
         built: Stage = make(self.profile, *inputs)
-        placement = self.profile.placement.of("policy" if name in ("grpo", "dpo") else name)
+        placement = self.profile.placement.of("policy" if name in METHODS else name)
         return self._find(name, name, built.identity(placement))
 
     def dataset(self, name: str, made: Artifact | None, base: Artifact | None, held_out: Artifact | None) -> Artifact | None:

@@ -13,7 +13,7 @@ from flows.plan import plan, wanted_datasets
 from flows.reporting import gate_candidate, reported
 from flows.sweep import sweep_runs
 from profiles.load import shipped
-from profiles.schema import Budget, Grpo
+from profiles.schema import Budget
 from tasks.artifacts import Artifact
 from tasks.attempts import retried
 from tasks.check_profile import check_profile, load_profile
@@ -112,7 +112,7 @@ def run_stages(run: PipelineRun) -> None:
         training["reward_model"] = launched("reward_model", train_reward_model, run, base, data["preference"])
     trained = all_done(run, training)
     sft, reward_model = trained.get("sft"), trained.get("reward_model")
-    rows = data["prompts" if isinstance(recipe.policy, Grpo) else "preference"]
+    rows = data[recipe.policy.rows]
     policy = done(run, launched("policy", train_policy, run, base, sft, rows, reward_model, held_out))
 
     merged = done(run, launched("merge", merge_lora, run, base, policy))

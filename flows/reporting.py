@@ -125,7 +125,7 @@ def exit_code_of(error: BaseException | None) -> int:
 
 def in_order(run: PipelineRun, records: list[StageRecord]) -> list[StageRecord]:
     """Return the records in the recipe's order: what runs side by side ends in any."""
-    data = [f"validate-{name}" for name in ("eval", "sft", "preference", "prompts")]
+    data = [f"validate-{name}" for name in ("eval", "sft", "preference", "unpaired", "prompts")]
     order = [
         "prepare",
         *data,

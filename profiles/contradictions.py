@@ -4,9 +4,10 @@ import difflib
 from collections.abc import Iterator
 
 from profiles.drift import LOGGED, SIGNALS, Corridor
-from profiles.schema import Dataset, Dpo, Evaluate, Gates, Generation, Grpo, Profile, Recipe
+from profiles.schema import Dataset, Datasets, Evaluate, Gates, Generation, Grpo, Online, Profile, Recipe
 
 SFT_KINDS = ("prompt_completion", "language_modeling")
+BETA = {"grpo": 0.0, "rloo": 0.05}  # TRL's defaults; without a reference no kl is logged
 MODELS = ("base", "sft", "champion")
 SHARES = ("f1", "em", "quasi_exact_match", "prefix_exact_match")  # of lm-eval's tasks, beside acc…, exact_match… and pass@…
 
@@ -86,7 +87,7 @@ def _rewards(recipe: Recipe) -> Iterator[str]:
             "recipe.policy.args.vllm_importance_sampling_correction is false but recipe.policy.rollouts is "
             f"{policy.rollouts!r}: TRL then logs no difference to vLLM, and a dead weight sync would pass. Drop it."
         )
-    if isinstance(policy, Grpo) and not any(r.weight > 0 for r in policy.reward_functions):
+    if isinstance(policy, Online) and not any(r.weight > 0 for r in policy.reward_functions):
         yield "recipe.policy.reward_functions has only weights of 0: every advantage is 0 and nothing trains. Set one."
 
 
@@ -100,10 +101,7 @@ def _rows(recipe: Recipe) -> Iterator[str]:
         yield from _fits("sft", data.sft, SFT_KINDS, "the SFT stage")
     if recipe.reward_model is not None:
         yield from _fits("preference", data.preference, ("preference",), "the reward-model stage")
-    if isinstance(policy, Dpo):
-        yield from _fits("preference", data.preference, ("preference",), "recipe.policy.method 'dpo'")
-    if isinstance(policy, Grpo):
-        yield from _fits("prompts", data.prompts, ("prompt_only",), "recipe.policy.method 'grpo'")
+    yield from _fits(policy.rows, getattr(data, policy.rows), (policy.kind,), f"recipe.policy.method {policy.method!r}")
     wanted = "preference" if recipe.evaluate.metric == "preference_accuracy" else "eval"
     yield from _fits("eval", data.eval, (wanted,), f"recipe.evaluate.metric {recipe.evaluate.metric!r}")
 
@@ -149,7 +147,7 @@ def _fits(name: str, dataset: Dataset | None, kinds: tuple[str, ...], reader: st
 
 
 def _prepared(recipe: Recipe) -> Iterator[str]:
-    origins = {f"datasets.{name}": getattr(recipe.datasets, name) for name in ("sft", "preference", "prompts", "eval")}
+    origins = {f"datasets.{name}": getattr(recipe.datasets, name) for name in Datasets.model_fields}
     origins["base_model"] = recipe.base_model
     asking = [name for name, origin in origins.items() if origin is not None and origin.prepared]
     if asking and recipe.prepare is None:
@@ -165,7 +163,7 @@ def _drift(profile: Profile) -> Iterator[str]:
     drift, policy, metric = profile.drift, profile.recipe.policy, profile.recipe.evaluate.metric
     for name, corridor in drift.signals.items():
         asked = name not in SIGNALS or corridor not in (None, Corridor(**SIGNALS[name]))
-        own = name in LOGGED[policy.method] or (isinstance(policy, Grpo) and name.startswith("rewards/"))
+        own = name in LOGGED[policy.method] or (isinstance(policy, Online) and name.startswith("rewards/"))
         if asked and not own:
             logged = LOGGED[policy.method]
             near = difflib.get_close_matches(name, logged, n=3, cutoff=0.5) or sorted(logged)
@@ -173,19 +171,20 @@ def _drift(profile: Profile) -> Iterator[str]:
                 f"drift.signals has {name!r}, which recipe.policy.method {policy.method!r} never logs: it would judge nothing. "
                 f"There is: {', '.join(near)}."
             )
-    logs_kl = isinstance(policy, Grpo) and bool(policy.args.get("beta"))
+    samples = isinstance(policy, Online)
+    logs_kl = samples and bool(policy.args.get("beta", BETA[policy.method]))
     if drift.signals.get("kl") is not None and not logs_kl and drift.canaries.num_prompts == 0:
         yield (
             f"drift.canaries.num_prompts is 0 and recipe.policy.method {policy.method!r} logs no kl"
-            f"{' at beta 0.0' if isinstance(policy, Grpo) else ''}: nothing measures drift.signals.kl. Set num_prompts > 0, or "
+            f"{' at beta 0.0' if samples else ' per token'}: nothing measures drift.signals.kl. Set num_prompts > 0, or "
             "drift.signals.kl: null."
         )
-    blind = drift.canaries.num_prompts == 0 or metric != "accuracy" or not isinstance(policy, Grpo)
+    blind = drift.canaries.num_prompts == 0 or metric != "accuracy" or not samples
     if "reward_hacking" in drift.model_fields_set and drift.reward_hacking and blind:
         yield (
             f"drift.reward_hacking is set but drift.canaries.num_prompts is {drift.canaries.num_prompts} and "
             f"recipe.evaluate.metric {metric!r} with method {policy.method!r}: there is no training or no "
-            "held-out reward. Set num_prompts > 0 with metric accuracy and method grpo, or drift.reward_hacking: null."
+            "held-out reward. Set num_prompts > 0 with metric accuracy and method grpo or rloo, or drift.reward_hacking: null."
         )
     yield from _on_halt(profile)
 
@@ -282,7 +281,7 @@ def _is_measured(evaluate: Evaluate, metric: str) -> bool:
 
 def _trains_on_reward_model(recipe: Recipe) -> bool:
     policy = recipe.policy
-    return isinstance(policy, Grpo) and any(r.name == "reward_model" and r.weight > 0 for r in policy.reward_functions)
+    return isinstance(policy, Online) and any(r.name == "reward_model" and r.weight > 0 for r in policy.reward_functions)
 
 
 def _limits(gates: Gates, metric: str) -> Iterator[str]:

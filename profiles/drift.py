@@ -90,6 +90,15 @@ LOGGED: dict[str, tuple[str, ...]] = {
         *(f"sampling/sampling_logp_difference/{which}" for which in ("mean", "max")),
         *(f"sampling/importance_sampling_ratio/{which}" for which in ("mean", "min", "max")),
     ),
+    "rloo": (
+        *_ANY, *_CANARIES, "reward", "reward_std", "frac_reward_zero_std", "completions/clipped_ratio", "step_time",
+        *(f"completions/{which}_length" for which in _LENGTHS),
+        *(f"clip_ratio/{which}" for which in ("region_mean", "low_mean", "low_min", "high_mean", "high_max")),
+    ),
+    "kto": (
+        *_ANY, *_CANARIES, "rewards/margins",
+        *(f"{what}/{which}" for what in ("rewards", "logps", "logits") for which in ("chosen", "rejected")),
+    ),
     "dpo": (
         *_ANY, *_CANARIES, *(f"rewards/{which}" for which in ("chosen", "rejected", "accuracies", "margins")),
         *(f"{what}/{which}" for what in ("logps", "logits") for which in ("chosen", "rejected")),

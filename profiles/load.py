@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from profiles.contradictions import contradictions
-from profiles.schema import Profile
+from profiles.schema import METHODS, Profile
 
 log = logging.getLogger("posttrain")
 
@@ -162,7 +162,7 @@ def _explain(name: str, error: ValidationError) -> str:
 
 
 def _line(item: Any) -> str:
-    path = [str(part) for part in item["loc"] if part not in ("grpo", "dpo")]
+    path = [str(part) for part in item["loc"] if part not in METHODS]
     where, value = ".".join(path), item["input"]
     if item["type"] == "extra_forbidden":
         return f"{where} is not a setting.{_nearest(path[-1], _siblings(path[:-1]))}"

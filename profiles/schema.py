@@ -2,7 +2,7 @@
 
 import math
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -90,6 +90,7 @@ class Dataset(Origin):
 class Datasets(Strict):
     sft: Dataset | None = None
     preference: Dataset | None = None
+    unpaired: Dataset | None = None
     prompts: Dataset | None = None
     eval: Dataset
 
@@ -159,23 +160,55 @@ class RewardFunction(Strict):
     weight: float = Field(1.0, ge=0)
 
 
-class Grpo(TrlStage):
+class PolicyStage(TrlStage):
+    """What every policy method has; `rows` names the dataset that it trains on, `kind` what rows these must be."""
+
+    rows: ClassVar[str]
+    kind: ClassVar[str]
+    lora: Lora | None = Field(None, description="a fresh adapter; only without an SFT stage, whose adapter goes on")
+
+
+class Online(PolicyStage):
+    """A method that answers prompts while it trains, and learns from what reward functions say of the answers."""
+
+    rows = "prompts"
+    kind = "prompt_only"
+    reward_functions: list[RewardFunction] = Field(min_length=1)
+
+
+class Grpo(Online):
     """Group relative policy optimisation (arXiv:2402.03300), TRL's GRPOTrainer."""
 
     method: Literal["grpo"]
-    lora: Lora | None = Field(None, description="a fresh adapter; only without an SFT stage, whose adapter goes on")
-    reward_functions: list[RewardFunction] = Field(min_length=1)
     rollouts: Literal["auto", "vllm", "transformers"] = "auto"
 
 
-class Dpo(TrlStage):
+class Rloo(Online):
+    """REINFORCE with a leave-one-out baseline (arXiv:2402.14740), TRL's RLOOTrainer.
+
+    Rollouts are transformers' own: that trainer logs no difference to vLLM, so a dead weight sync could not be seen.
+    """
+
+    method: Literal["rloo"]
+
+
+class Dpo(PolicyStage):
     """Direct preference optimisation (arXiv:2305.18290), TRL's DPOTrainer."""
 
+    rows = kind = "preference"
     method: Literal["dpo"]
-    lora: Lora | None = Field(None, description="a fresh adapter; only without an SFT stage, whose adapter goes on")
 
 
-Policy = Annotated[Grpo | Dpo, Field(discriminator="method")]
+class Kto(PolicyStage):
+    """Kahneman-Tversky optimisation (arXiv:2402.01306) on single labelled answers, TRL's KTOTrainer."""
+
+    rows = "unpaired"
+    kind = "unpaired_preference"
+    method: Literal["kto"]
+
+
+Policy = Annotated[Grpo | Rloo | Dpo | Kto, Field(discriminator="method")]
+METHODS = tuple(get_args(method.model_fields["method"].annotation)[0] for method in get_args(get_args(Policy)[0]))
 
 
 class Evaluate(Strict):

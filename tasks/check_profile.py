@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from profiles.load import InvalidProfile, accelerate_file, load
-from profiles.schema import STAGES, Evaluate, Gates, Grpo, Profile, Recipe, StagePlacement
+from profiles.schema import STAGES, Evaluate, Gates, Online, Profile, Recipe, StagePlacement
 from tasks.artifacts import disk_errors, refuse_unusable_model, task_folder
 from tasks.environment import home
 from tasks.errors import MachineUnfit, ProfileError
@@ -19,6 +19,7 @@ CONFIG_CLASS = {
     "sft": "SFTConfig",
     "reward_model": "RewardConfig",
     "grpo": "GRPOConfig",
+    "rloo": "RLOOConfig",
     "dpo": "DPOConfig",
     "kto": "KTOConfig",
 }
@@ -95,7 +96,7 @@ def check_paths(recipe: Recipe) -> None:
     """Raise ProfileError if a local base model or dataset that the recipe names is not there, before a run is opened."""
     if recipe.base_model.path:
         refuse_unusable_model("recipe.base_model", Path(recipe.base_model.path))
-    for name in ("sft", "preference", "prompts", "eval"):
+    for name in type(recipe.datasets).model_fields:
         dataset = getattr(recipe.datasets, name)
         if dataset is not None and dataset.path and not Path(dataset.path).exists():
             raise ProfileError(
@@ -111,7 +112,7 @@ def question(profile: Profile) -> dict[str, Any]:
     stages = {"sft": ("sft", recipe.sft), "reward_model": ("reward_model", recipe.reward_model)}
     stages["policy"] = (recipe.policy.method, recipe.policy)
     args = {f"recipe.{where}": [CONFIG_CLASS[name], stage.args] for where, (name, stage) in stages.items() if stage}
-    rewards = [r.name for r in recipe.policy.reward_functions] if isinstance(recipe.policy, Grpo) else []
+    rewards = [r.name for r in recipe.policy.reward_functions] if isinstance(recipe.policy, Online) else []
     asked = {"args": args, "rewards": [*rewards, recipe.evaluate.scorer, *recipe.evaluate.rewards]}
     return asked | ({"tasks": lm_eval_tasks(recipe.evaluate, profile.gates)} if recipe.evaluate.tasks else {})
 

@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 
 from data_contracts.canonical import RowsFile
-from profiles.schema import Grpo, Recipe, StagePlacement
+from profiles.schema import Recipe, StagePlacement
 from tasks.artifacts import Artifact, digest_of, disk_errors
 from tasks.environment import home
 from tasks.errors import JobFailed, MachineUnfit, RunCancelled
@@ -52,15 +52,14 @@ def uses_of(recipe: Recipe, name: str) -> list[Use]:
     """Return the stages that read the dataset `recipe.datasets.<name>`, of those that read it through a template."""
     changed = _only(recipe.sft.args, _TOKENIZER_ARGS) if recipe.sft else {}
     policy = Use(recipe.policy.method, recipe.policy.method, _only(recipe.policy.args, _ARGS), changed)
-    samples = isinstance(recipe.policy, Grpo)
     if name == "sft":
         return [_reader("sft", recipe.sft.args)] if recipe.sft else []
     if name == "preference":
         reward_model = recipe.reward_model
         judge = [_reader("reward_model", reward_model.args)] if reward_model else []
-        return judge if samples else [policy, *judge]
-    if name == "prompts":
-        return [policy] if samples else []
+        return [policy, *judge] if recipe.policy.rows == name else judge
+    if name != "eval":
+        return [policy] if recipe.policy.rows == name else []
     if recipe.datasets.eval.kind != "eval":
         return []
     return [Use("evaluate", "evaluate", {"max_completion_length": recipe.evaluate.max_new_tokens}, changed)]

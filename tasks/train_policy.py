@@ -1,4 +1,4 @@
-"""Train the policy from the SFT adapter with the profile's method (GRPO, DPO)."""
+"""Train the policy from the SFT adapter with the profile's method (GRPO, RLOO, DPO, KTO)."""
 
 from typing import Any
 
@@ -54,6 +54,8 @@ def policy_stage(
 def judge(profile: Profile, held_out: Artifact) -> dict[str, Any]:
     """Return the drift block as a job reads it: with the canaries' scorer and length from the evaluation, if not their own."""
     evaluate, drift = profile.recipe.evaluate, profile.drift.model_dump(exclude={"between_runs"})
+    if profile.recipe.policy.method == "kto":  # its own `kl` is nats per answer, of answers to other prompts
+        drift["signals"]["canary/kl"] = drift["signals"].pop("kl")
     canaries = drift["canaries"]
     canaries["max_new_tokens"] = canaries["max_new_tokens"] or evaluate.max_new_tokens
     canaries["scorer"] = evaluate.scorer if evaluate.metric == "accuracy" else None

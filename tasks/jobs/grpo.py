@@ -4,7 +4,6 @@ Departures from the paper are TRL's own and chosen by its arguments: `loss_type`
 """
 
 import logging
-from typing import Any
 
 from transformers import AutoConfig
 
@@ -12,8 +11,8 @@ from tasks.job_spec import JobResult, JobSpec
 from tasks.jobs import vllm_cpu
 from tasks.jobs.callbacks import FrozenWeights
 from tasks.jobs.job import done, run
-from tasks.jobs.models import load_reward_model, load_tokenizer, load_trainable, on_cpu, save_adapter
-from tasks.jobs.rewards import find_reward
+from tasks.jobs.models import load_tokenizer, load_trainable, on_cpu, save_adapter
+from tasks.jobs.online import judges, reward_weights
 from tasks.jobs.training import rows, train, trl_args
 
 SYNC_TOLERANCE = 0.1  # mean |log p(trainer) - log p(vLLM)|: beyond it the rollouts are not the policy's
@@ -31,16 +30,13 @@ def main(spec: JobSpec) -> JobResult:
 
     tokenizer = load_tokenizer(spec)
     model, lora = load_trainable(spec)
-    wanted = spec.config["reward_functions"]
-    ours: dict[str, Any] = {"reward_weights": [r["weight"] for r in wanted], "use_vllm": rollouts == "vllm"}
     trainer = GRPOTrainer(
         model=model,
-        args=trl_args(GRPOConfig, spec, **ours),
-        reward_funcs=[load_reward_model(spec) if r["name"] == "reward_model" else find_reward(r["name"]) for r in wanted],
-        reward_processing_classes=[tokenizer if r["name"] == "reward_model" else None for r in wanted],
+        args=trl_args(GRPOConfig, spec, reward_weights=reward_weights(spec), use_vllm=rollouts == "vllm"),
         train_dataset=rows(spec, "rows"),
         processing_class=tokenizer,
         peft_config=lora,
+        **judges(spec, tokenizer),
     )
     if rollouts == "vllm":
         trainer.add_callback(FrozenWeights(trainer.model))

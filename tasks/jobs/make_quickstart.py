@@ -42,7 +42,7 @@ DEFAULTS = {
 
 
 def make(output: Path, seed: int, config: dict[str, Any]) -> dict[str, float]:
-    """Write `base_model/` and the four row files into `output`; the same seed and config give the same bytes."""
+    """Write `base_model/` and the five row files into `output`; the same seed and config give the same bytes."""
     settings = DEFAULTS | config
     if unknown := sorted(set(config) - set(DEFAULTS)):
         raise ValueError(f"unknown quickstart settings {unknown}; known are {sorted(DEFAULTS)}")
@@ -52,9 +52,9 @@ def make(output: Path, seed: int, config: dict[str, Any]) -> dict[str, float]:
     train_lists = draw_lists(rng, settings, {answer_to(digits) for digits in held_out})
     write_rows(output / "eval.jsonl", [prompt_row(digits) for digits in held_out])
     write_rows(output / "sft.jsonl", [sft_row(digits, rng, settings) for digits in take(train_lists, settings["num_sft"])])
-    write_rows(
-        output / "preference.jsonl", [preference_row(digits, rng) for digits in take(train_lists, settings["num_preference"])]
-    )
+    pairs = [preference_row(digits, rng) for digits in take(train_lists, settings["num_preference"])]
+    write_rows(output / "preference.jsonl", pairs)
+    write_rows(output / "unpaired.jsonl", [one_side(pair, number % 2 == 0) for number, pair in enumerate(pairs)])
     write_rows(output / "prompts.jsonl", [prompt_row(digits) for digits in take(train_lists, settings["num_prompts"])])
     loss = write_base_model(output / "base_model", seed, settings)
     return {"pretrain_loss": loss, **{name: float(value) for name, value in settings.items() if name.startswith("num_")}}
@@ -98,6 +98,10 @@ def sft_row(digits: list[str], rng: random.Random, settings: dict[str, Any]) -> 
 
 def preference_row(digits: list[str], rng: random.Random) -> dict[str, Any]:
     return {"prompt": ask(digits), "chosen": reply(answer_to(digits)), "rejected": reply(wrong_answer_to(digits, rng))}
+
+
+def one_side(pair: dict[str, Any], label: bool) -> dict[str, Any]:
+    return {"prompt": pair["prompt"], "completion": pair["chosen" if label else "rejected"], "label": label}
 
 
 def wrong_answer_to(digits: list[str], rng: random.Random) -> str:

@@ -29,6 +29,7 @@ _CONFIG_CLASSES = {
     "dpo": "DPOConfig",
     "kto": "KTOConfig",
     "grpo": "GRPOConfig",
+    "rloo": "RLOOConfig",
 }
 _BATCH_ROWS = 1000
 Messages = list[dict[str, Any]]

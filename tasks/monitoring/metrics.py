@@ -5,7 +5,9 @@ KEY_METRIC = {
     "sft": ("mean_token_accuracy",),
     "reward_model": ("eval_accuracy",),
     "grpo": ("reward",),
+    "rloo": ("reward",),
     "dpo": ("rewards/accuracies",),
+    "kto": ("rewards/margins",),
     "evaluate": ("accuracy/policy", "preference_accuracy/policy"),
     "merge": ("logits_max_abs_diff",),
     "export": ("greedy_match_ratio",),
@@ -21,20 +23,17 @@ def key_metric(stage: str, metrics: dict[str, float]) -> str | None:
 
 
 # Curves of the report, in the order a reader asks: does it learn, does it stay close, does it stay diverse.
+_SAMPLED = (
+    *("reward", "canary/reward", "kl", "entropy"),
+    *("completions/mean_length", "completions/clipped_ratio", "loss", "grad_norm"),
+)
 CURVES = {
     "sft": ("loss", "mean_token_accuracy", "entropy"),
     "reward_model": ("loss", "accuracy", "margin"),
-    "grpo": (
-        "reward",
-        "canary/reward",
-        "kl",
-        "entropy",
-        "completions/mean_length",
-        "completions/clipped_ratio",
-        "loss",
-        "grad_norm",
-    ),
+    "grpo": _SAMPLED,
+    "rloo": _SAMPLED,
     "dpo": ("loss", "rewards/accuracies", "rewards/margins", "canary/reward", "kl", "entropy", "canary/length", "grad_norm"),
+    "kto": ("loss", "rewards/margins", "canary/reward", "canary/kl", "entropy", "canary/length", "grad_norm"),
 }
 
 MEANING = {
@@ -56,7 +55,7 @@ MEANING = {
     "canary/length": "mean length of the canaries' answers, tokens",
     "canary/kl_to_champion": "exact KL(policy || last accepted policy) on the canaries' answers, nats per token",
     "rewards/accuracies": "share of pairs whose chosen answer has the higher implicit reward",
-    "rewards/margins": "mean implicit reward of chosen minus rejected",
+    "rewards/margins": "mean implicit reward of the chosen (KTO: desirable) answers minus the rejected ones",
     "accuracy/policy": "share of held-out prompts answered right, greedy decoding",
     "logits_max_abs_diff": "largest difference between the logits of base + adapter and of the merged checkpoint",
     "greedy_match_ratio": "share of probes on which vLLM and the trained policy write the same tokens",

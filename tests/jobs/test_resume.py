@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from tiny_recipe import LORA
 from transformers import TrainerCallback
 
+from profiles.schema import METHODS as POLICIES
 from tasks.job_spec import JobSpec
 from tasks.jobs import without_vllm  # noqa: F401  (before any trainer is imported)
 from tasks.jobs.checkpoints import SAVED, drop_older, is_boundary, last_saved
@@ -37,9 +38,18 @@ METHODS = {
     ),
     "reward_model": ("reward_model", {"lora": None, "eval_ratio": 0.25, "args": COMMON | {"max_length": 64}}),
     "dpo": ("dpo", {"lora": None, "args": COMMON | {"max_length": 64}}),
+    "kto": ("kto", {"lora": None, "args": COMMON | {"max_length": 64}}),
+    "rloo": ("rloo", {"lora": None, "reward_functions": REWARDS, "args": COMMON | ONLINE}),
     "grpo": ("grpo", {"lora": None, "rollouts": "transformers", "reward_functions": REWARDS, "args": COMMON | ONLINE}),
 }
-ROWS = {"sft": "sft", "reward_model": "preference", "dpo": "preference", "grpo": "prompts"}
+ROWS = {
+    "sft": "sft",
+    "reward_model": "preference",
+    "dpo": "preference",
+    "kto": "unpaired",
+    "rloo": "prompts",
+    "grpo": "prompts",
+}
 
 
 class Killed(Exception):
@@ -95,7 +105,7 @@ def weights(spec: JobSpec) -> dict[str, torch.Tensor]:
 
 def job(spec, folder: str, method: str, sft: str) -> JobSpec:
     stage, config = METHODS[method]
-    inputs = {"sft": sft} if stage in ("dpo", "grpo") else {}
+    inputs = {"sft": sft} if stage in POLICIES else {}
     made = spec(f"{folder}", ROWS[stage], inputs, **config)
     return made.model_copy(update={"stage": stage, "module": f"tasks.jobs.{stage}"})
 

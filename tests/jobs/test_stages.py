@@ -2,6 +2,7 @@
 
 import json
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -70,6 +71,44 @@ def test_dpo_starts_at_ln_2_because_its_reference_is_the_sft_adapter(spec, sft_a
     dpo.main(job)
     # policy = reference gives a margin of 0 for every pair, and -log sigmoid(0) = ln 2 (arXiv:2305.18290, eq. 7)
     assert logged(job)[0]["loss"] == pytest.approx(0.6931471805599453, abs=1e-6)
+    assert adapter_moved(sft_adapter, job.output)
+
+
+def test_kto_starts_at_a_half_because_its_reference_is_the_sft_adapter(spec, sft_adapter):
+    from tasks.jobs import kto
+
+    args = {"per_device_train_batch_size": 16, "max_steps": 2, "gradient_checkpointing": False, "max_length": 64}
+    job = spec("kto", "unpaired", {"sft": sft_adapter}, lora=None, args=args | {"learning_rate": 1e-3, "beta": 0.1})
+    result = kto.main(job)
+    # policy = reference gives log-ratios and a KL of 0, and 1 - sigmoid(0) is a half for either label (arXiv:2402.01306, eq. 7)
+    first = logged(job)[0]
+    assert (first["loss"], first["kl"]) == (pytest.approx(0.5, abs=1e-6), pytest.approx(0.0, abs=1e-5))
+    assert {"rewards/chosen", "rewards/rejected", "rewards/margins", "entropy"} <= set(first)
+    assert adapter_moved(sft_adapter, job.output) and result.metrics["data/dropped_rows"] == 0
+
+
+def test_kto_of_rows_sorted_by_their_label_has_both_labels_in_a_batch(spec, sft_adapter, made, tmp_path):
+    from tasks.jobs import kto
+
+    (tmp_path / "sorted").mkdir()
+    table = pq.read_table(made / "unpaired" / "rows.parquet").sort_by("label")
+    pq.write_table(table, tmp_path / "sorted" / "rows.parquet")
+    args = {"per_device_train_batch_size": 16, "max_steps": 1, "gradient_checkpointing": False, "max_length": 64}
+    rows = {"rows": str(tmp_path / "sorted")}
+    job = spec("kto", "unpaired", {"sft": sft_adapter} | rows, lora=None, args=args | {"learning_rate": 1e-3})
+    kto.main(job)
+    assert {"rewards/chosen", "rewards/rejected"} <= set(logged(job)[0])
+
+
+def test_rloo_logs_kl_to_the_sft_policy_which_is_0_before_the_first_update(spec, sft_adapter):
+    from tasks.jobs import rloo
+
+    rewards = [{"name": "near_answer", "weight": 1.0}]
+    job = spec("rloo", "prompts", {"sft": sft_adapter}, lora=None, reward_functions=rewards, args=grpo_args())
+    rloo.main(job)
+    first = logged(job)[0]
+    assert first["kl"] == pytest.approx(0.0, abs=1e-6)
+    assert {"reward", "reward_std", "frac_reward_zero_std", "entropy", "rewards/near_answer/mean"} <= set(first)
     assert adapter_moved(sft_adapter, job.output)
 
 
