@@ -105,6 +105,37 @@ CONTRADICTIONS = {
         {"reward_model": {}, "policy.reward_functions": LEARNED, "datasets.preference": DEMOS},
         ["recipe.datasets.preference.kind", "prompt_completion", "preference"],
     ),
+    "KTO without labelled answers": (
+        {"policy": {"method": "kto", "lora": {"r": 8}}},
+        ["recipe.datasets.unpaired", "recipe.policy.method", "kto", "unpaired_preference"],
+    ),
+    "KTO of pairs": (
+        {
+            "policy": {"method": "kto", "lora": {"r": 8}},
+            "datasets.unpaired": {"path": "pairs.jsonl", "kind": "preference"},
+        },
+        ["recipe.datasets.unpaired.kind", "'preference'", "unpaired_preference"],
+    ),
+    "KTO without canaries, whose kl alone is per token": (
+        {
+            "policy": {"method": "kto", "lora": {"r": 8}},
+            "datasets.unpaired": {"path": "rows.jsonl", "kind": "unpaired_preference"},
+            "drift.canaries": {"num_prompts": 0},
+        },
+        ["drift.canaries.num_prompts", "'kto'", "per token", "drift.signals.kl"],
+    ),
+    "RLOO at beta 0, without canaries": (
+        {
+            "policy": {
+                "method": "rloo",
+                "lora": {"r": 8},
+                "reward_functions": [{"name": "exact_answer"}],
+                "args": {"beta": 0.0},
+            },
+            "drift.canaries": {"num_prompts": 0},
+        },
+        ["drift.canaries.num_prompts", "'rloo'", "beta 0.0", "drift.signals.kl"],
+    ),
     "GRPO without prompts": ({"datasets.prompts": None}, ["recipe.datasets.prompts", "recipe.policy.method", "grpo"]),
     "GRPO on demonstrations": (
         {"datasets.prompts": DEMOS},
