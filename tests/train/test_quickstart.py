@@ -208,6 +208,17 @@ def test_quickstart_dpo_shares_the_sft_and_learns_too(first, home):
     assert policy_beats_sft_beats_base(summary)
 
 
+@pytest.mark.parametrize("method", ["kto", "rloo"])
+def test_quickstart_by_another_method_shares_the_sft_and_learns_too(method, first, home):
+    """Refused by its gate, because the export is the same for all."""
+    summary, done = home.run(f"quickstart-{method}", "gates.floors={accuracy: 0.999}")
+    assert done.returncode == 6, done.stderr
+    now = statuses(summary)
+    assert now["sft"] == "cached" and now[method] == "ran"
+    assert now["reward_model"] == {"kto": "skipped", "rloo": "cached"}[method]
+    assert policy_beats_sft_beats_base(summary)
+
+
 def outcome(home: Home, summary: dict) -> tuple[str, str]:
     """Return what MLflow and Prefect say of a run."""
     status = home.mlflow("select status from runs where run_uuid = ?", summary["mlflow_run_id"])[0][0]
