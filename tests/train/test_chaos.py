@@ -1,4 +1,4 @@
-"""A few kills of the long run that docs/reliability.md records: random processes of a pipeline's tree, random signals and times."""
+"""A few kills of what docs/reliability.md records: random processes of a pipeline's tree, random signals, random times."""
 
 import re
 import subprocess
