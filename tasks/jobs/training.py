@@ -20,7 +20,7 @@ from tasks.jobs.governor import Governor, load_weights, settle
 from tasks.jobs.job import Interrupted, done
 from tasks.jobs.models import on_cpu, refuse_unmergeable
 
-_IDS = ("input_ids", "prompt_ids", "chosen_ids", "rejected_ids")
+_IDS = ("input_ids", "prompt_ids", "completion_ids", "chosen_ids", "rejected_ids")
 FROZEN_TOLERANCE = 1e-4  # of a tensor's largest value: float32 rounding of hundreds of merges and unmerges is below 1e-6
 
 

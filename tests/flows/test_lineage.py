@@ -146,7 +146,7 @@ def test_why_of_a_build_that_failed_reads_what_its_run_kept(base):
         ("recipe.args.beta 0.1 → 0.2", "grpo", "recipe.policy.args.beta 0.1 → 0.2"),
         ("recipe.args.beta 0.1 → 0.2", "dpo", "recipe.policy.args.beta 0.1 → 0.2"),
         ("recipe.lora.r 8 → 16", "sft", "recipe.sft.lora.r 8 → 16"),
-        ("recipe.dtype float32 → bfloat16", "merge", "recipe.base_model.dtype float32 → bfloat16"),
+        ("recipe.dtype float32 → bfloat16", "merge", "recipe.export.dtype float32 → bfloat16"),
         ("recipe.seed 1 → 2", "sft", "recipe.seed 1 → 2"),
         ("recipe.kind eval → prompt_only", "validate-eval", "recipe.datasets.eval.kind eval → prompt_only"),
         ("inputs.rows a → b", "sft", "inputs.rows a → b"),
