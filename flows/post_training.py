@@ -16,7 +16,7 @@ from profiles.load import shipped
 from profiles.schema import Budget
 from tasks.artifacts import Artifact
 from tasks.attempts import retried
-from tasks.check_profile import check_profile, load_profile
+from tasks.check_profile import check_columns, check_profile, load_profile
 from tasks.errors import RunCancelled
 from tasks.evaluate_policy import evaluate_policy, refuse_tools
 from tasks.export_vllm import export_vllm
@@ -104,6 +104,7 @@ def run_stages(run: PipelineRun) -> None:
     refuse_tools(held_out)
     validations = {name: start(validate_data, run, name, made, base, held_out) for name in wanted_datasets(recipe)}
     data = all_done(run, validations)
+    check_columns(run.profile, held_out, run.store.fetch(data[recipe.policy.rows]))
 
     training = {}
     if recipe.sft:

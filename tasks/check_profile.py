@@ -7,7 +7,7 @@ from typing import Any
 
 from profiles.load import InvalidProfile, accelerate_file, load
 from profiles.schema import STAGES, Evaluate, Gates, Online, Profile, Recipe, StagePlacement
-from tasks.artifacts import disk_errors, refuse_unusable_model, task_folder
+from tasks.artifacts import Artifact, disk_errors, refuse_unusable_model, task_folder
 from tasks.environment import home
 from tasks.errors import MachineUnfit, ProfileError
 from tasks.fingerprints import PROJECT, code_digest, fingerprint, library_versions
@@ -45,6 +45,35 @@ def check_profile(profile: Profile) -> None:
     check_maker(profile.recipe)
     check_paths(profile.recipe)
     check_limits(profile.recipe)
+    if problems := _answer(profile)["problems"]:
+        raise ProfileError(f"profile {profile.name}: " + "\n".join(problems))
+
+
+def check_columns(profile: Profile, held_out: Artifact, rows: Artifact) -> None:
+    """Raise ProfileError if a reward function reads a column that its rows lack; `rows` are the policy's own.
+
+    Found out here, before anything trains: TRL would say so in the policy's first step.
+    """
+    import pyarrow.parquet as pq
+
+    recipe, wanted = profile.recipe, _answer(profile)["columns"]
+    evaluate, policy = recipe.evaluate, recipe.policy
+    read = [("eval", held_out, "recipe.evaluate.rewards", name) for name in evaluate.rewards]
+    read += [("eval", held_out, "recipe.evaluate.scorer", evaluate.scorer)] if evaluate.metric == "accuracy" else []
+    if isinstance(policy, Online):
+        read += [("prompts", rows, "recipe.policy.reward_functions", reward.name) for reward in policy.reward_functions]
+    for dataset, artifact, setting, name in read:
+        columns = pq.read_schema(artifact / "rows.parquet").names
+        if missing := [column for column in wanted.get(name, []) if column not in columns]:
+            raise ProfileError(
+                f"{setting} has {name!r}, which reads the column {missing[0]!r}; the rows of recipe.datasets.{dataset} have "
+                f"{', '.join(column for column in columns if column != 'row')}. Map a column to it in "
+                f"recipe.datasets.{dataset}.columns, or drop the function."
+            )
+
+
+def _answer(profile: Profile) -> dict[str, Any]:
+    """Return what the job environment says of the profile, asked once."""
     placement = profile.placement.default
     python = job_python(placement)
     asked = question(profile)
@@ -54,8 +83,7 @@ def check_profile(profile: Profile) -> None:
         with disk_errors(kept):
             kept.parent.mkdir(parents=True, exist_ok=True)
             write_json(kept, _ask(str(python), job_environment(placement), asked))
-    if problems := json.loads(kept.read_text()):
-        raise ProfileError(f"profile {profile.name}: " + "\n".join(problems))
+    return json.loads(kept.read_text())
 
 
 def check_trainer_args(where: str, method: str, args: dict[str, Any]) -> None:
@@ -63,7 +91,7 @@ def check_trainer_args(where: str, method: str, args: dict[str, Any]) -> None:
     if args and method in CONFIG_CLASS:
         asked = {"args": {where: [CONFIG_CLASS[method], args]}, "rewards": []}
         placement = StagePlacement()
-        if problems := _ask(str(job_python(placement)), job_environment(placement), asked):
+        if problems := _ask(str(job_python(placement)), job_environment(placement), asked)["problems"]:
             raise ProfileError("\n".join(problems))
 
 
@@ -125,7 +153,7 @@ def lm_eval_tasks(evaluate: Evaluate, gates: Gates) -> dict[str, Any]:
     return {"names": evaluate.tasks, "folder": folder and folder.path, "digest": folder and folder.digest, "gate": gate}
 
 
-def _ask(python: str, env: dict[str, str], asked: dict[str, Any]) -> list[str]:
+def _ask(python: str, env: dict[str, str], asked: dict[str, Any]) -> dict[str, Any]:
     try:
         done = _run(python, env, asked)
     except (OSError, subprocess.TimeoutExpired) as error:

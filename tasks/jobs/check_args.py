@@ -1,7 +1,8 @@
 """Checks a profile's `args` blocks against the installed TRL's config classes, and its rewards and tasks against what exists.
 
 Reads a JSON object on standard input, {"args": {name: [class name, args]}, "rewards": [names]} and perhaps "tasks": {"names",
-"folder"}; writes a JSON list of sentences, empty if all of it holds.
+"folder"}; writes {"problems": [sentences], "columns": {reward: [names]}}: no problem if all of it holds, and the columns that
+each reward function reads, which the rows are held against once they are there.
 """
 
 import dataclasses
@@ -11,6 +12,7 @@ import sys
 from pathlib import Path
 
 from tasks.jobs import without_vllm  # noqa: F401
+from tasks.jobs.online import columns_of
 
 NUMBERS = ("<class 'int'>", "<class 'float'>", "<class 'bool'>", "int | None", "float | None", "bool | None")
 
@@ -20,7 +22,8 @@ def main() -> None:
     problems = [p for where, (name, args) in asked["args"].items() for p in check_args(where, name, args)]
     problems += [p for name in asked["rewards"] if (p := check_reward(name))]
     problems += check_tasks(**asked["tasks"]) if "tasks" in asked else []
-    json.dump(problems, sys.stdout)
+    rewards = [name for name in asked["rewards"] if name != "reward_model" and not check_reward(name)]
+    json.dump({"problems": problems, "columns": {name: columns_of(name) for name in rewards}}, sys.stdout)
 
 
 def check_args(where: str, class_name: str, args: dict) -> list[str]:

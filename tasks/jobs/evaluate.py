@@ -5,7 +5,6 @@ is what will be served: in bfloat16 a merge rounds most of a small update away, 
 The champion is the export that is served, with its own weights, tokenizer and chat template.
 """
 
-import inspect
 import json
 import logging
 from collections.abc import Iterator
@@ -24,6 +23,7 @@ from tasks.jobs import without_vllm  # noqa: F401
 from tasks.jobs.answers import SEED, generate, log_probabilities, samples, scores_of, slices
 from tasks.jobs.job import done, run
 from tasks.jobs.models import load_base, load_released, load_reward_model, load_tokenizer, on_cpu, tokenizer_of
+from tasks.jobs.online import columns_of
 from tasks.jobs.parity import digest
 from tasks.jobs.rewards import find_reward
 from tasks.jobs.training import rows
@@ -84,12 +84,7 @@ def refuse_unanswerable(config: Row, columns: list[str]) -> None:
     """Raise ValueError if a reward function asks for a column that the held-out rows do not have."""
     scorer = [("scorer", config["scorer"])] if config["metric"] == "accuracy" else []
     for setting, name in [*scorer, *(("rewards", name) for name in config["rewards"])]:
-        wanted = [
-            p.name
-            for p in inspect.signature(find_reward(name)).parameters.values()
-            if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
-        ]
-        if missing := [column for column in wanted if column not in ("prompts", "completions", *columns)]:
+        if missing := [column for column in columns_of(name) if column not in columns]:
             raise ValueError(
                 f"recipe.evaluate.{setting} has {name!r}, which reads {missing[0]!r}; the held-out rows have "
                 f"{', '.join(columns)}. Map a column to it in recipe.datasets.eval.columns, or drop the function."

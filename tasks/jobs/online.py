@@ -1,5 +1,6 @@
-"""What the methods that sample have in common: who judges their completions."""
+"""What the methods that sample have in common: who judges their completions, and by which columns."""
 
+import inspect
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -7,6 +8,15 @@ from transformers import PreTrainedTokenizerBase
 from tasks.job_spec import JobSpec
 from tasks.jobs.models import load_reward_model
 from tasks.jobs.rewards import find_reward
+
+GIVEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")  # by TRL, besides columns
+
+
+def columns_of(name: str) -> list[str]:
+    """Return the columns that a reward function cannot do without."""
+    asked = inspect.signature(find_reward(name)).parameters.values()
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return [p.name for p in asked if p.default is p.empty and p.kind in kinds and p.name not in GIVEN]
 
 
 def judges(spec: JobSpec, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The `posttrain` command as a user starts it, and a job environment that is a small program."""
 
+import json
 import os
 import subprocess
 import sys
@@ -24,10 +25,11 @@ def posttrain(home: Path, tmp_path: Path) -> Posttrain:
 
 
 @pytest.fixture
-def job_python(tmp_path: Path) -> Callable[[str], str]:
-    """Make an interpreter that answers every question about arguments with the JSON `answer`, and return its path."""
+def job_python(tmp_path: Path) -> Callable[..., str]:
+    """Make an interpreter that answers every question about a profile with these problems, and return its path."""
 
-    def make(answer: str) -> str:
+    def make(*problems: str) -> str:
+        answer = json.dumps({"problems": problems, "columns": {}})
         path = tmp_path / "job" / "bin" / "python"
         path.parent.mkdir(parents=True)
         path.write_text(f"#!/bin/sh\ncat > /dev/null\necho '{answer}'\n")

@@ -81,7 +81,7 @@ def test_profile_with_broken_yaml_is_refused_by_its_path_and_line(posttrain, tmp
 
 
 def test_plan_of_a_profile_never_run_lists_every_stage_and_builds_nothing(posttrain, home, job_python):
-    done = posttrain("plan", "quickstart", POSTTRAIN_JOB_PYTHON=job_python("[]"))
+    done = posttrain("plan", "quickstart", POSTTRAIN_JOB_PYTHON=job_python())
     assert done.returncode == 0, done.stderr
     listed = [line.split()[:2] for line in done.stdout.splitlines()[1:] if line.strip()]
     stages = ["prepare", "validate-eval", "validate-sft", "validate-preference", "validate-prompts"]
@@ -91,8 +91,8 @@ def test_plan_of_a_profile_never_run_lists_every_stage_and_builds_nothing(posttr
 
 
 def test_plan_with_arguments_that_trl_refuses_is_refused_with_each(posttrain, job_python):
-    answer = '["recipe.sft.args.learning_rat is no argument of SFTConfig", "there is no reward function near"]'
-    done = posttrain("plan", "quickstart", POSTTRAIN_JOB_PYTHON=job_python(answer))
+    problems = "recipe.sft.args.learning_rat is no argument of SFTConfig", "there is no reward function near"
+    done = posttrain("plan", "quickstart", POSTTRAIN_JOB_PYTHON=job_python(*problems))
     assert_refused(done, 2, "recipe.sft.args.learning_rat", "near")
 
 
@@ -105,14 +105,14 @@ def test_plan_without_a_job_environment_is_refused_with_the_way_out(posttrain, t
 def test_home_that_cannot_be_written_is_refused_with_the_way_out(command, posttrain, job_python, tmp_path):
     (tmp_path / "file").write_text("in the way")
     place = str(tmp_path / "file" / "home")
-    done = posttrain(command, "quickstart", POSTTRAIN_JOB_PYTHON=job_python("[]"), POSTTRAIN_HOME=place, PREFECT_HOME=place)
+    done = posttrain(command, "quickstart", POSTTRAIN_JOB_PYTHON=job_python(), POSTTRAIN_HOME=place, PREFECT_HOME=place)
     assert_refused(done, 4, place, "POSTTRAIN_HOME")
 
 
 @pytest.mark.parametrize("value", [".nan", ".inf", "2026-11-22"])
 def test_plan_with_a_value_that_has_no_canonical_form_is_refused_by_its_setting(value, posttrain, job_python):
     override = f"recipe.sft.args.learning_rate={value}"
-    done = posttrain("plan", "quickstart", "--set", override, POSTTRAIN_JOB_PYTHON=job_python("[]"))
+    done = posttrain("plan", "quickstart", "--set", override, POSTTRAIN_JOB_PYTHON=job_python())
     assert_refused(done, 2, "recipe.sft.args.learning_rate")
 
 
@@ -181,7 +181,7 @@ def test_validate_of_neither_or_both_is_refused_with_what_to_give(arguments, pos
 
 
 def test_validate_of_a_profile_whose_rows_are_made_in_the_run_says_so(posttrain, job_python):
-    done = posttrain("validate", "quickstart", POSTTRAIN_JOB_PYTHON=job_python("[]"))
+    done = posttrain("validate", "quickstart", POSTTRAIN_JOB_PYTHON=job_python())
     assert_refused(done, 2, "posttrain run quickstart")
 
 

@@ -69,7 +69,7 @@ def test_difference_of_two_long_texts_shows_how_they_differ():
 
 
 def test_plan_of_a_stage_in_the_store_is_a_hit_and_the_next_one_is_planned_on_it(monkeypatch, job_python):
-    monkeypatch.setenv("POSTTRAIN_JOB_PYTHON", job_python("[]"))
+    monkeypatch.setenv("POSTTRAIN_JOB_PYTHON", job_python())
     profile = load("quickstart")
     identity = prepare_stage(profile, None).identity(profile.placement.of("prepare"))
     key = fingerprint(identity)
@@ -87,7 +87,7 @@ def test_plan_of_a_stage_in_the_store_is_a_hit_and_the_next_one_is_planned_on_it
 
 
 def test_plan_of_a_profile_without_a_stage_does_not_list_it(monkeypatch, job_python):
-    monkeypatch.setenv("POSTTRAIN_JOB_PYTHON", job_python("[]"))
+    monkeypatch.setenv("POSTTRAIN_JOB_PYTHON", job_python())
     listed = [row["stage"] for row in plan(load("quickstart-dpo"))]
     assert "dpo" in listed and "grpo" not in listed
     assert "reward_model" not in listed and "validate-prompts" not in listed

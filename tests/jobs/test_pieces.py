@@ -36,7 +36,7 @@ def test_math_answer_takes_equal_values_in_other_forms():
     assert math_answer([r"so it is \boxed{\frac{1}{2}}", r"\boxed{\frac{1}{3}}"], ["$0.5$", "$0.5$"]) == [1.0, 0.0]
 
 
-def ask(question: dict) -> list[str]:
+def ask(question: dict) -> dict:
     done = subprocess.run(
         [sys.executable, "-m", "tasks.jobs.check_args"], input=json.dumps(question), capture_output=True, text=True, check=True
     )
@@ -44,7 +44,7 @@ def ask(question: dict) -> list[str]:
 
 
 def test_check_args_names_the_neighbour_of_a_typo_the_refused_value_and_the_missing_reward():
-    problems = ask(
+    answer = ask(
         {
             "args": {
                 "recipe.sft": ["SFTConfig", {"lerning_rate": 1e-4}],
@@ -54,7 +54,8 @@ def test_check_args_names_the_neighbour_of_a_typo_the_refused_value_and_the_miss
             "rewards": ["exact_answer", "trl.accuracy_reward", "reward_model", "exact_anwser"],
         }
     )
-    assert len(problems) == 4
+    problems, columns = answer["problems"], answer["columns"]
+    assert len(problems) == 4 and columns == {"exact_answer": ["answer"], "trl.accuracy_reward": ["solution"]}
     text = "\n".join(problems)
     assert "recipe.sft.args.lerning_rate" in text and "learning_rate" in text
     assert "recipe.policy.args is refused" in text and "7" in text
@@ -63,7 +64,7 @@ def test_check_args_names_the_neighbour_of_a_typo_the_refused_value_and_the_miss
 
 
 def test_check_args_has_nothing_to_say_about_good_ones():
-    assert ask({"args": {"recipe.sft": ["SFTConfig", {"learning_rate": 1e-4}]}, "rewards": ["number_answer"]}) == []
+    assert ask({"args": {"recipe.sft": ["SFTConfig", {"learning_rate": 1e-4}]}, "rewards": ["number_answer"]})["problems"] == []
 
 
 def test_quickstart_template_prompt_ids_are_a_prefix_of_prompt_and_completion(made):

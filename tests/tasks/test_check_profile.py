@@ -3,11 +3,16 @@
 import json
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from profiles.load import load
-from tasks.check_profile import check_profile, load_profile, question
+from tasks.artifacts import Artifact
+from tasks.check_profile import check_columns, check_profile, load_profile, question
 from tasks.errors import MachineUnfit, ProfileError
+
+WELL = '{"problems": [], "columns": {"near_answer": ["answer"], "exact_answer": ["answer"], "number_answer": ["answer"]}}'
 
 
 @pytest.fixture
@@ -33,7 +38,7 @@ def questions(asked: Path) -> list[dict]:
 
 def test_check_asks_for_each_stages_arguments_by_its_trl_class(job):
     profile = load("quickstart")
-    asked = job("[]")
+    asked = job(WELL)
     check_profile(profile)
     [question_asked] = questions(asked)
     classes = {where: name for where, (name, _) in question_asked["args"].items()}
@@ -50,7 +55,7 @@ def test_check_of_dpo_asks_for_no_reward_but_the_scorer():
 
 
 def test_check_of_the_same_arguments_is_asked_once(job):
-    asked = job("[]")
+    asked = job(WELL)
     check_profile(load("quickstart"))
     check_profile(load("quickstart", ["gates.p_max=0.01", "recipe.seed=9"]))
     assert len(questions(asked)) == 1
@@ -59,7 +64,7 @@ def test_check_of_the_same_arguments_is_asked_once(job):
 
 
 def test_check_with_problems_names_each_and_again_the_next_time(job):
-    job('["recipe.sft.args.lr is no argument", "there is no reward function x"]')
+    job('{"problems": ["recipe.sft.args.lr is no argument", "there is no reward function x"], "columns": {}}')
     for _ in range(2):
         with pytest.raises(ProfileError) as refused:
             check_profile(load("quickstart"))
@@ -71,13 +76,46 @@ def test_check_in_an_environment_that_breaks_is_refused_with_its_error_and_not_k
     with pytest.raises(MachineUnfit) as refused:
         check_profile(load("quickstart"))
     assert "broken library" in str(refused.value) and "posttrain doctor" in str(refused.value)
-    job("[]")
+    job(WELL)
     check_profile(load("quickstart"))
 
 
 def test_check_in_an_environment_whose_libraries_talk_still_gets_its_answer(job):
-    job("Using CPU build of libfoo\n[]")
+    job(f"Using CPU build of libfoo\n{WELL}")
     check_profile(load("quickstart"))
+
+
+def rows(folder: Path, *columns: str) -> Artifact:
+    folder.mkdir()
+    pq.write_table(pa.table({"row": [0], **{column: ["x"] for column in columns}}), folder / "rows.parquet")
+    return Artifact("dataset", str(folder), "", "")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "held_out", "prompts", "said"),
+    [
+        ([], ["prompt", "answer"], ["prompt", "answer"], None),
+        (
+            [],
+            ["prompt", "answer"],
+            ["prompt", "solution"],
+            ["recipe.policy.reward_functions", "datasets.prompts"],
+        ),
+        ([], ["prompt", "solution"], ["prompt", "answer"], ["recipe.evaluate.scorer", "'exact_answer'", "datasets.eval"]),
+        (["recipe.evaluate.rewards=[number_answer]"], ["prompt"], ["prompt", "answer"], ["recipe.evaluate.rewards"]),
+    ],
+    ids=["all there", "policy", "scorer", "rewards of the evaluation"],
+)
+def test_rows_that_lack_a_column_of_a_reward_function_are_refused_before_anything_trains(
+    overrides, held_out, prompts, said, job, tmp_path
+):
+    job(WELL)
+    both = rows(tmp_path / "held_out", *held_out), rows(tmp_path / "prompts", *prompts)
+    if said is None:
+        return check_columns(load("quickstart", overrides), *both)
+    with pytest.raises(ProfileError) as refused:
+        check_columns(load("quickstart", overrides), *both)
+    assert all(part in str(refused.value) for part in [*said, "the column 'answer'"])
 
 
 @pytest.mark.parametrize("stage", ["default", "policy", "export"])
