@@ -39,7 +39,7 @@ quickstart: install
 test: install
 	.venv/bin/python -m ruff check .
 	.venv/bin/python -m ruff format --check .
-	.venv-job/bin/python -m pytest -m "job and not gpu" --hypothesis-profile ci --timeout 600
+	.venv-job/bin/python -m pytest -m "job and not gpu" -n 2 --dist loadfile --hypothesis-profile ci --timeout 600
 	.venv/bin/python -m pytest -m "not job and not gpu and not server and not train" -n 2 --hypothesis-profile ci --timeout 1200
 	.venv/bin/python -m pytest -m "(server or train) and not gpu" -n 2 --dist loadfile --timeout 1200
 
