@@ -23,7 +23,7 @@ LOCK := $(UV) pip compile --quiet --no-emit-index-url --no-header --no-annotate 
 
 SMOLLM2_SHA256 := bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 
-.PHONY: install spark quickstart test test-gpu test-spark check lock smollm2 clean
+.PHONY: install spark quickstart test test-gpu test-spark test-chaos check lock smollm2 clean
 
 # Both virtual environments: .venv (orchestrator) and .venv-job (torch, TRL, vLLM).
 install: .venv/.installed .venv-job/.installed
@@ -40,12 +40,16 @@ test: install
 	.venv/bin/python -m ruff check .
 	.venv/bin/python -m ruff format --check .
 	.venv-job/bin/python -m pytest -m "job and not gpu" -n 2 --dist loadfile --hypothesis-profile ci --timeout 600
-	.venv/bin/python -m pytest -m "not job and not gpu and not server and not train" -n 2 --hypothesis-profile ci --timeout 1200
+	.venv/bin/python -m pytest -m "not job and not gpu and not server and not train and not chaos" -n 2 --hypothesis-profile ci --timeout 1200
 	.venv/bin/python -m pytest -m "(server or train) and not gpu" -n 2 --dist loadfile --timeout 1200
 
 # The GPU tier, on a machine that has one, in the environment of `make JOB=gpu install`.
 test-gpu:
 	.venv-job/bin/python -m pytest -m gpu --timeout 1200
+
+# A few of the kills that docs/reliability.md records.
+test-chaos:
+	.venv/bin/python -m pytest -m chaos
 
 # The contracts on Spark; without it these tests skip.
 test-spark: spark

@@ -48,7 +48,7 @@ URL = "PREFECT_API_URL"
 DEATHS = (1, 4, 130, 137, 143, 129, -9, -15, -2, -1)  # what a run that was killed, or whose job was, may exit with
 GONE_SECONDS, RUN_SECONDS, TRUTH_SECONDS, STARTS = 60, 1200, 300, 60
 KINDS = {
-    "guard": ("tasks/guard.py", "flows.cli"), "vllm": ("vllm", "VLLM"), "launcher": ("accelerate.commands.launch",),
+    "guard": ("tasks/guard.py",), "vllm": ("vllm", "VLLM"), "launcher": ("accelerate.commands.launch",),
     "rank": ("tasks.jobs.",), "server": ("prefect.server", "uvicorn"), "worker": ("prefect worker",),
     "pool run": ("prefect.engine",), "run": ("flows.cli", "posttrain run"),
 }  # fmt: skip

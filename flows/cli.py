@@ -300,14 +300,16 @@ def _run_there(deployment: str, profile: str, overrides: list[str] | None, wait:
 def _run_here(profile: str, overrides: list[str] | None) -> dict[str, Any]:
     """Run the flow in this process; on the guard's SIGTERM it ends its job, says so everywhere, and stops."""
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")  # the terminal has its own lines
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)
     from prefect.settings import PREFECT_API_URL, PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 
     from flows.post_training import post_training
+    from tasks.pipeline_run import starting
 
     # nobody listens to heartbeats on the embedded server, and Prefect's thread for them takes up to a second to end
     unheard = {} if PREFECT_API_URL.value() else {PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}
-    with temporary_settings(unheard):
+    with starting(), temporary_settings(unheard):
         state = post_training(profile, overrides or [], return_state=True)
     return state.result(raise_on_failure=not state.is_cancelled())
 

@@ -9,8 +9,11 @@ from uuid import UUID
 
 from prefect import flow
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowFilter, FlowRunFilter
 from prefect.client.schemas.objects import StateType
 from prefect.exceptions import ObjectNotFound
+from prefect.runtime import flow_run
+from prefect.settings import PREFECT_API_URL
 from prefect.states import Cancelled, Crashed, State
 
 from flows.approval import UNANSWERED
@@ -19,7 +22,7 @@ from tasks.environment import home
 from tasks.errors import GateFailed, PipelineError, RunCancelled, RunDied
 from tasks.guard import MARKER, kill_marked
 from tasks.monitoring import mlflow_runs
-from tasks.pipeline_run import CLOSED, PROCESS, WAITING, is_alive, run_of, write_json
+from tasks.pipeline_run import CLOSED, PROCESS, WAITING, is_alive, others_starting, run_of, write_json
 
 log = logging.getLogger("posttrain")
 
@@ -35,7 +38,25 @@ def sweep_runs() -> list[str]:
     home().mkdir(parents=True, exist_ok=True)
     with (home() / ".sweep.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        return [line for path in sorted(home().glob(f"*/*/{PROCESS}")) if (line := _try_sweep(path)) is not None]
+        swept = [line for path in sorted(home().glob(f"*/*/{PROCESS}")) if (line := _try_sweep(path)) is not None]
+        return swept + (_sweep_unopened() if not PREFECT_API_URL.value() else [])
+
+
+def _sweep_unopened() -> list[str]:
+    """End, on the embedded server, what died between its start and its folder; elsewhere missed heartbeats tell."""
+    if others_starting():
+        return []
+    known = {json.loads(path.read_text())["flow_run_id"] for path in home().glob(f"*/*/{PROCESS}")} | {flow_run.id}
+    unfinished = [StateType.PENDING, StateType.RUNNING, StateType.CANCELLING]
+    with get_client(sync_client=True) as client:
+        found = client.read_flow_runs(
+            flow_filter=FlowFilter(name={"any_": ["post-training"]}),
+            flow_run_filter=FlowRunFilter(state={"type": {"any_": unfinished}}),
+        )
+        dead = [run for run in found if str(run.id) not in known]
+        for run in dead:
+            client.set_flow_run_state(run.id, Crashed(message="its process died before it opened a run"), force=True)
+    return [f"{run.name}: its process died before it opened a run" for run in dead]
 
 
 def _try_sweep(path: Path) -> str | None:

@@ -24,6 +24,7 @@ log = logging.getLogger("posttrain")
 CLOCK_SLACK = timedelta(minutes=1)
 PROCESS = "process.json"
 CLOSED = "closed"  # the last thing a run writes; without it, a run whose process is gone is swept
+STARTING = ".starting"
 WAITING = "waiting"  # the run was suspended for an approval: it has no process, and is not dead
 
 
@@ -141,9 +142,39 @@ def run_of(folder: Path) -> PipelineRun:
     return PipelineRun(profile, folder.name, folder, process["mlflow_run_id"], process["flow_run_id"])
 
 
+@contextmanager
+def starting() -> Iterator[None]:
+    """Say that this process is about to open a run, of which Prefect may know before there is a folder."""
+    file = home() / STARTING / f"{os.getpid()}.json"
+    with disk_errors(home()):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, _myself())
+    try:
+        yield
+    finally:
+        file.unlink(missing_ok=True)
+
+
+def others_starting() -> bool:
+    """Tell whether another living process is about to open a run; what dead ones left is removed."""
+    opened = [json.loads(path.read_text()) for path in home().glob(f"*/*/{PROCESS}")]
+    found = False
+    for file in (home() / STARTING).glob("[!.]*.json"):
+        process = json.loads(file.read_text())
+        if process["host"] == socket.gethostname() and not is_alive(process):
+            file.unlink(missing_ok=True)
+        elif process != _myself() and not any(process.items() <= run.items() for run in opened):
+            found = True
+    return found
+
+
+def _myself() -> dict[str, Any]:
+    return {"host": socket.gethostname(), "pid": os.getpid(), "born": _born(os.getpid())}
+
+
 def _claim(run: PipelineRun) -> None:
     """Say that this very process is the run's: while it lives, the run is not dead."""
-    process = {"host": socket.gethostname(), "pid": os.getpid(), "born": _born(os.getpid())}
+    process = _myself()
     ids = {"flow_run_id": run.flow_run_id, "mlflow_run_id": run.mlflow_run_id}
     write_json(run.folder / PROCESS, process | ids)
 

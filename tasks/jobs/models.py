@@ -134,7 +134,16 @@ def _refuse_unmatched(config: LoraConfig, base: torch.nn.Module) -> None:
 
 
 def save_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase, spec: JobSpec) -> None:
-    """Save the trained adapter alone, and which base it is for: TRL's frozen "ref" copy is not part of what was trained."""
+    """Save the trained adapter alone, and which base it is for: TRL's frozen "ref" copy is not part of what was trained.
+
+    The same training leaves the same bytes, wherever it ran: PEFT writes the base's path on this machine, also into a README,
+    and a set's members in the order of the day, and what follows would be built again for it.
+    """
     model.save_pretrained(str(spec.output), selected_adapters=["default"])
+    (spec.output / "README.md").unlink()
+    file = spec.output / "adapter_config.json"
+    config = json.loads(file.read_text()) | {"base_model_name_or_path": None}
+    ordered = {name: sorted(value) if isinstance(value, list) else value for name, value in config.items()}
+    file.write_text(json.dumps(ordered, indent=2, sort_keys=True) + "\n")
     tokenizer.save_pretrained(str(spec.output))
     (spec.output / BASE_FILE).write_text(json.dumps({"digest": spec.config["base_digest"]}))

@@ -58,16 +58,29 @@ def _client(uri: str):
 
     if not uri.startswith("sqlite:///"):
         return MlflowClient(uri)
-    folder = Path(uri.removeprefix("sqlite:///")).parent
-    folder.mkdir(parents=True, exist_ok=True)
+    database = Path(uri.removeprefix("sqlite:///"))
+    database.parent.mkdir(parents=True, exist_ok=True)
+    for chatty in ("alembic", "mlflow.store.db.utils"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
     # Two processes that create the same fresh database at once corrupt it for good (mlflow/mlflow#19299).
-    with (folder / ".create.lock").open("w") as lock:
+    with (database.parent / ".create.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        for chatty in ("alembic", "mlflow.store.db.utils"):
-            logging.getLogger(chatty).setLevel(logging.WARNING)
+        if not database.exists():
+            _create(database)
         local = MlflowClient(uri)
         local.search_experiments(max_results=1)
     return local
+
+
+def _create(database: Path) -> None:
+    """Create the tables in a file beside it, then rename: a process that dies among MLflow's migrations leaves no database."""
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    for leftover in database.parent.glob(f".{database.name}.*"):
+        leftover.unlink()
+    beside = database.with_name(f".{database.name}.{os.getpid()}")
+    SqlAlchemyStore(f"sqlite:///{beside}", artifact_root().as_uri()).engine.dispose()
+    beside.rename(database)
 
 
 def prepare_database() -> None:

@@ -33,6 +33,19 @@ def test_sft_trains_every_adapter_tensor_and_logs_trl_keys(spec):
     assert result.metrics["loss"] > 0
 
 
+def test_adapter_is_the_same_bytes_wherever_it_was_trained(spec, made):
+    """No path of this machine, and no set in the order of its process: what follows keys on these bytes."""
+    from tasks.jobs import sft
+
+    job = spec("sft", "sft", lora=LORA, args=TRAIN | {"learning_rate": 5e-3})
+    sft.main(job)
+    texts = {path.name: path.read_bytes() for path in job.output.iterdir()}
+    assert not [name for name, text in texts.items() if str(made).encode() in text or str(job.output).encode() in text]
+    modules = json.loads(texts["adapter_config.json"])["target_modules"]
+    assert modules == sorted(modules) and len(modules) > 1
+    assert "README.md" not in texts
+
+
 def test_dpo_says_how_many_rows_trl_left_out(spec, sft_adapter):
     from tasks.jobs import dpo
 

@@ -11,7 +11,7 @@ PROJECT = Path(__file__).resolve().parents[2]
 KILLS = 3
 
 
-@pytest.mark.train
+@pytest.mark.chaos
 @pytest.mark.timeout(1100)
 def test_killed_again_and_again_the_run_ends_with_the_same_bytes_and_leaves_nothing_behind():
     command = [sys.executable, "benchmarks/chaos.py", "--kills", str(KILLS), "--seed", "4", "--seconds", "25"]

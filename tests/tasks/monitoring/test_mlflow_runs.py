@@ -1,12 +1,20 @@
 """MLflow says of a run what really happened to it, and keeps TRL's names. On a real SQLite database."""
 
 import math
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
 from tasks import errors
 from tasks.errors import DriftHalted, GateFailed, JobFailed, PipelineError, RunCancelled
 from tasks.monitoring import mlflow_runs
+
+HALF = ".mlflow.db.*"
+PROJECT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture(scope="module")
@@ -180,3 +188,23 @@ def test_errors_each_have_the_exit_code_of_the_table():
     found = {e.__name__: e.exit_code for e in every_error()}
     assert table.items() <= found.items()
     assert found["MachineUnfit"] == 4
+
+
+def test_database_whose_making_was_killed_is_made_anew(tmp_path):
+    """A kill among MLflow's migrations would leave tables that the next ones cannot create again."""
+    code = "from tasks.monitoring import mlflow_runs; print('now', flush=True); mlflow_runs.client(); print('made', flush=True)"
+    env = os.environ | {"POSTTRAIN_HOME": str(tmp_path), "MLFLOW_TRACKING_URI": ""}
+    database = tmp_path / ".mlflow" / "mlflow.db"
+    died = 0
+    for _ in range(2):
+        process = subprocess.Popen([sys.executable, "-P", "-c", code], cwd=PROJECT, env=env, stdout=subprocess.PIPE, text=True)
+        assert process.stdout.readline() == "now\n"
+        while process.poll() is None and not any(half.stat().st_size > 50_000 for half in database.parent.glob(HALF)):
+            time.sleep(0.01)
+        process.kill()
+        process.communicate()
+        died += not database.exists()
+    assert died == 2
+    done = subprocess.run([sys.executable, "-P", "-c", code], cwd=PROJECT, env=env, capture_output=True, text=True)
+    assert done.stdout.split() == ["now", "made"], done.stderr
+    assert not list(database.parent.glob(HALF))
