@@ -26,6 +26,7 @@ pre { white-space: pre-wrap; background: #f7f8fb; padding: .6rem } .muted { colo
 NUM_SAMPLES = 6
 CLAIM_HEAD = ("verdict", "claim", "metric", "n", "estimate", "interval", "limit")
 CLASS = {"PASS": "ok", "FAIL": "bad", "INCONCLUSIVE": "warn"}
+RELEASE = ("promote", "push")
 Plots = dict[str, dict[str, str]]
 
 
@@ -45,7 +46,7 @@ def html(run: PipelineRun, summary: dict[str, Any], plots: Plots, past: dict[str
         _gate(summary["gate"]),
         _retrain(summary["retrain"], past),
         _data(run, summary["stages"]),
-        f"<p>Release {_text(approval_text(summary['approval']))}</p>" if summary["approval"] else "",
+        _release(summary),
         _curves(plots),
         _samples(run, summary),
         f"<h2>Export</h2><p><code>{_text(summary['serve'])}</code></p>" if summary["serve"] else "",
@@ -169,9 +170,17 @@ def _gate(gate: dict[str, Any] | None) -> str:
 
 
 def _notes(stages: list[dict[str, Any]]) -> str:
-    """Show what the governor said of a stage: warnings, restarts, a rollback."""
-    items = [f"<li>{record['stage']}: {_text(note)}" for record in stages for note in record["notes"]]
-    return f"<h2>Drift</h2><ul class=warn>{''.join(items)}</ul>" if items else ""
+    """Show what was said of a stage while it was built: the governor's warnings, restarts, a rollback, failed attempts."""
+    built = [record for record in stages if record["stage"] not in RELEASE]
+    items = [f"<li>{record['stage']}: {_text(note)}" for record in built for note in record["notes"]]
+    return f"<h2>On the way</h2><ul class=warn>{''.join(items)}</ul>" if items else ""
+
+
+def _release(summary: dict[str, Any]) -> str:
+    """Show which version is the champion now, who approved it, and where it was pushed."""
+    lines = [approval_text(summary["approval"])] if summary["approval"] else []
+    lines += [note for record in summary["stages"] if record["stage"] in RELEASE for note in record["notes"]]
+    return f"<h2>Release</h2><ul>{''.join(f'<li>{_text(line)}</li>' for line in lines)}</ul>" if lines else ""
 
 
 def _retrain(retrain: dict[str, Any] | None, past: dict[str, str]) -> str:

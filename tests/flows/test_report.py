@@ -197,3 +197,11 @@ def test_row_of_a_dataset_says_how_many_of_its_rows_do_not_train(run, summary):
     aside = record("validate-sft", "cached", metrics={"num_rows": 97.0, "data/quarantined_rows": 3.0})
     page = Cells(report.html(run, summary | {"stages": [aside]}, {}, {}))
     assert ["validate-sft", "cached", "", "3 bad rows set aside", ""] in page.rows
+
+
+def test_html_says_what_was_released_apart_from_what_went_wrong_on_the_way(run, summary):
+    stages = [record("grpo", notes=["kl averaged 0.4"]), record("promote", notes=["version 1 is the champion"])]
+    text = Cells(report.html(run, summary | {"stages": stages, "approval": None}, {}, {})).text
+    assert text.index("On the way") < text.index("grpo: kl averaged 0.4") < text.index("Release")
+    assert text.index("Release") < text.index("version 1 is the champion")
+    assert "On the way" not in Cells(report.html(run, summary | {"stages": stages[1:]}, {}, {})).text
