@@ -59,7 +59,7 @@ def attached() -> Iterator[None]:
 
 def show_summary(summary: dict[str, Any]) -> None:
     """Print what became of each stage, the accuracies with their intervals, the verdict, and where everything is."""
-    from flows.report import approval_text, estimate_text, stage_cells
+    from flows.report import RELEASE, approval_text, estimate_text, stage_cells
 
     table = Table(title=f"{summary['profile']}  {summary['status']}", title_justify="left", box=None, pad_edge=False)
     for column in ("stage", "", "seconds", "key metric", "fingerprint"):
@@ -72,7 +72,8 @@ def show_summary(summary: dict[str, Any]) -> None:
     console.print(table)
     for record in summary["stages"]:
         for note in record["notes"]:
-            console.print(f"[yellow]{record['stage']}: {escape(note)}[/]", highlight=False, soft_wrap=True)
+            style = None if record["stage"] in RELEASE else "yellow"  # where it was released is no warning
+            console.print(f"{record['stage']}: {escape(note)}", style=style, highlight=False, soft_wrap=True)
     for metric, models in summary["metrics"].items():
         console.print(f"\n{metric} on held-out rows, 95 % intervals")
         console.print(
